@@ -1,0 +1,1 @@
+//! Sharded safetensors checkpoints with an append-only commit log, for any world size

@@ -1,0 +1,1 @@
+//! Communicator (NCCL, Gloo, local) and the rendezvous store

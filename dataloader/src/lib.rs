@@ -1,0 +1,1 @@
+//! Streams multi-embodiment robot episodes from Parquet row groups in object storage

@@ -1,0 +1,1 @@
+//! Plan, start and supervise one worker per device

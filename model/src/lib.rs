@@ -1,0 +1,1 @@
+//! FLOWER: Florence-2 encoder and rectified-flow transformer in Burn, without a backend

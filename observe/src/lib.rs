@@ -1,0 +1,1 @@
+//! Events, the truth of a run, and their views: progress line, budget, summary

@@ -1,0 +1,1 @@
+//! What training and serving do to an observation: pixels, normalisation, prompt, tokens

@@ -1,0 +1,1 @@
+//! Object storage behind one handle: URLs, retries that are counted and reported, request limits

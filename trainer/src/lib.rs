@@ -1,0 +1,1 @@
+//! Recipe to training run: the step, the optimizer, resume
