@@ -139,6 +139,16 @@ impl Layered {
         self.set_value(key, scalar(value), &format!("--set {text}"))
     }
 
+    /// Sets one value that a program computed; `origin` says from what.
+    pub fn insert(&mut self, key: &str, value: Value, origin: &str) -> Result<(), ConfigError> {
+        self.set_value(key, value, origin)
+    }
+
+    /// Removes a top-level key and returns its value.
+    pub fn remove(&mut self, key: &str) -> Option<Value> {
+        self.table.remove(key)
+    }
+
     fn set_value(&mut self, key: &str, value: Value, origin: &str) -> Result<(), ConfigError> {
         let mut table = &mut self.table;
         let mut parts: Vec<&str> = key.split('.').collect();
