@@ -1,1 +1,76 @@
-//! Streams multi-embodiment robot episodes from Parquet row groups in object storage
+//! Streams multi-embodiment robot episodes from Parquet row groups in object storage.
+//!
+//! ```text
+//! Data::open     info.json, tasks, meta/pollen.json of each dataset (made once if it is not there)
+//! Mixture        index -> (dataset, row group, episode, frame): a pure function of the seed
+//! Loader         rank's slice of each global batch -> one GET per row group -> JPEG decode threads
+//!                -> resize, augment, normalise, tokenise -> HostBatch, in order, prefetched
+//! ```
+//!
+//! The order of samples does not depend on the number of ranks, threads or restarts: the state of a
+//! loader is the number of samples consumed.
+//!
+//! | module | job |
+//! |---|---|
+//! | [`batch`] | tensors in host memory |
+//! | [`config`] | the `[data]` section of a recipe |
+//! | [`data`] | the opened datasets of a run |
+//! | [`dataset`] | one opened dataset |
+//! | [`decode`] | JPEG to pixels, on a pool of threads |
+//! | [`error`] | what can go wrong |
+//! | [`index`] | checksums, episode spans and statistics of a dataset |
+//! | [`lerobot`] | LeRobotDataset v3.0 metadata |
+//! | [`loader`] | one rank's micro-batches; held-out episodes |
+//! | [`mixture`] | which dataset a sample comes from; the slice of a rank |
+//! | [`sampler`] | the order inside a dataset |
+//! | [`sidecar`] | `meta/pollen.json` |
+//! | [`summary`] | figures of a mixture |
+//!
+//! ```
+//! use pollen_core::Seed;
+//! use pollen_dataloader::{DatasetOrder, RowGroupFrames, Run};
+//! let groups = (0..4)
+//!     .map(|g| RowGroupFrames {
+//!         bytes: 8 << 20,
+//!         runs: vec![Run { episode: g, first_row: 100 * g, rows: 100 }],
+//!     })
+//!     .collect();
+//! let order = DatasetOrder::new(0, Seed::new(7), 16 << 20, groups);
+//! // Any sample, without those before it; the second epoch starts at 400.
+//! let sample = order.at(1_234_567);
+//! assert_eq!(sample.episode, sample.frame / 100);
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod batch;
+mod columns;
+pub mod config;
+pub mod data;
+pub mod dataset;
+pub mod decode;
+pub mod error;
+pub mod index;
+pub mod lerobot;
+pub mod loader;
+pub mod mixture;
+mod parquet_file;
+mod pipeline;
+mod prepare;
+mod recent;
+mod row_group;
+pub mod sampler;
+pub mod sidecar;
+pub mod summary;
+
+pub use batch::{BatchDims, HostBatch, ModelShape};
+pub use config::{DataConfig, DatasetConfig, Instruction, WeightMeaning};
+pub use data::{Data, OpenStorage};
+pub use dataset::Dataset;
+pub use error::{Error, Result};
+pub use index::index_dataset;
+pub use loader::{HoldoutLoader, Loader, LoaderArgs, check_sizes};
+pub use mixture::{Mixture, MixtureSource};
+pub use sampler::{DatasetOrder, ORDER_VERSION, RowGroupFrames, Run, SampleRef};
+pub use sidecar::{SIDECAR_PATH, SIDECAR_VERSION, Sidecar, Transform};
+pub use summary::{DatasetSummary, Summary};

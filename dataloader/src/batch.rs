@@ -1,0 +1,112 @@
+//! What the loader hands to the trainer: host memory, ready to be copied to a device.
+
+use serde::{Deserialize, Serialize};
+
+use crate::sampler::SampleRef;
+
+/// What the model expects of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelShape {
+    /// Steps of an action chunk.
+    pub action_horizon: usize,
+    /// Width of the widest action space.
+    pub action_width: usize,
+    /// Width of the widest proprioception that a space shows the policy; 0 for none.
+    pub proprio_width: usize,
+}
+
+/// Sizes of a batch's tensors.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BatchDims {
+    /// B, samples.
+    pub batch: usize,
+    /// N, cameras.
+    pub cameras: usize,
+    /// S, side of an image in pixels.
+    pub image_size: usize,
+    /// T, text tokens.
+    pub text_length: usize,
+    /// H, steps of an action chunk.
+    pub action_horizon: usize,
+    /// A, width of the widest action space.
+    pub action_width: usize,
+    /// P, width of the widest proprioception.
+    pub proprio_width: usize,
+}
+
+/// A micro-batch in host memory.
+///
+/// # Shapes
+/// B samples, N cameras, S image side, T text tokens, H action horizon, A action width, P
+/// proprioception width; all row-major.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct HostBatch {
+    /// The sizes.
+    pub dims: BatchDims,
+    /// [B]: the samples' numbers in the run, the key of all that is random about them.
+    pub sample_indices: Vec<u64>,
+    /// [B]: where they come from.
+    pub samples: Vec<SampleRef>,
+    /// [B, N, 3, S, S]: RGB bytes, not yet scaled; zero for a camera that is not there.
+    pub images: Vec<u8>,
+    /// [B, N]: whether the dataset has the camera.
+    pub camera_present: Vec<bool>,
+    /// [B, T]: token ids of the prompt, padded on the right.
+    pub input_ids: Vec<i64>,
+    /// [B, T]: 1 for a token, 0 for padding.
+    pub text_mask: Vec<u8>,
+    /// [B, H, A]: normalised actions, zero beyond the sample's action space.
+    pub actions: Vec<f32>,
+    /// [B, H, A]: 1 for an entry that counts in the loss.
+    pub valid: Vec<u8>,
+    /// [B]: position of the sample's action space among the model's.
+    pub spaces: Vec<u32>,
+    /// [B, P]: normalised proprioception, zero where the action space shows none.
+    pub proprio: Vec<f32>,
+    /// [B]: control frequency in hertz.
+    pub frequency_hz: Vec<f32>,
+}
+
+impl HostBatch {
+    /// Makes a batch of zeros and padding for the given samples.
+    pub(crate) fn empty(dims: BatchDims, samples: &[(u64, SampleRef)], pad_id: i64) -> Self {
+        let BatchDims {
+            batch: b,
+            cameras: n,
+            image_size: s,
+            text_length: t,
+            action_horizon: h,
+            action_width: a,
+            proprio_width: p,
+        } = dims;
+        Self {
+            dims,
+            sample_indices: samples.iter().map(|(index, _)| *index).collect(),
+            samples: samples.iter().map(|(_, sample)| *sample).collect(),
+            images: vec![0; b * n * 3 * s * s],
+            camera_present: vec![false; b * n],
+            input_ids: vec![pad_id; b * t],
+            text_mask: vec![0; b * t],
+            actions: vec![0.0; b * h * a],
+            valid: vec![0; b * h * a],
+            spaces: vec![0; b],
+            proprio: vec![0.0; b * p],
+            frequency_hz: vec![0.0; b],
+        }
+    }
+
+    /// Puts in the image of one camera of one sample.
+    ///
+    /// # Shapes
+    /// `planes` is [3, S, S].
+    pub(crate) fn set_image(&mut self, slot: usize, camera: usize, planes: &[u8]) {
+        let at = slot * self.dims.cameras + camera;
+        self.images[at * planes.len()..(at + 1) * planes.len()].copy_from_slice(planes);
+        self.camera_present[at] = true;
+    }
+
+    /// Returns the number of entries that count in the loss.
+    pub fn num_valid(&self) -> u64 {
+        self.valid.iter().map(|&v| u64::from(v)).sum()
+    }
+}

@@ -1,0 +1,310 @@
+//! The `[data]` section of a recipe.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
+
+use bytesize::ByteSize;
+use pollen_processing::{Augmentation, ResizeKind};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+
+/// Which datasets are mixed, how their frames become model inputs, and what the loader may use.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DataConfig {
+    /// URL of the folder that holds the datasets: `s3://bucket/prefix`, `file:///path`.
+    pub root: String,
+    /// Datasets by name. The mixture takes them in the order of their names.
+    pub datasets: BTreeMap<String, DatasetConfig>,
+    /// Camera roles in the order the model sees them. A dataset without one gives a black image.
+    pub cameras: Vec<String>,
+    /// What a weight means.
+    #[serde(default)]
+    pub weight_meaning: WeightMeaning,
+    /// Side of the square images handed to the model, in pixels.
+    pub image_size: usize,
+    /// How frames are resized.
+    #[serde(default = "defaults::resize")]
+    pub resize: ResizeKind,
+    /// How training images are augmented after the resize, by camera role; others are left alone.
+    #[serde(default)]
+    pub augment: BTreeMap<String, Augmentation>,
+    /// Bytes of a dataset's row groups whose frames are mixed at a time. Part of the sample order.
+    #[serde(default = "defaults::window_bytes")]
+    pub window_bytes: ByteSize,
+    /// Bytes of row groups kept open. Two windows of each dataset, divided by the number of ranks,
+    /// should fit.
+    #[serde(default = "defaults::cache_bytes")]
+    pub cache_bytes: ByteSize,
+    /// Micro-batches made ahead of the training step.
+    #[serde(default = "defaults::prefetch_batches")]
+    pub prefetch_batches: usize,
+    /// Threads that decode images; 0 takes one per core that the process may use.
+    #[serde(default)]
+    pub decode_threads: usize,
+    /// Whether action steps past the end of an episode are left out of the loss. They always repeat
+    /// the last action; FLOWER counts them.
+    #[serde(default)]
+    pub mask_padding: bool,
+    /// Path of the tokenizer (`tokenizer.json`).
+    pub tokenizer: PathBuf,
+    /// Whether Florence-2's 1,024 tokens are appended to it.
+    #[serde(default)]
+    pub florence_tokens: bool,
+    /// Length that texts are padded and cut to, special tokens included.
+    #[serde(default = "defaults::text_length")]
+    pub text_length: usize,
+    /// Folder for the indexes of datasets in storage that cannot be written to.
+    #[serde(default = "defaults::index_dir")]
+    pub index_dir: PathBuf,
+}
+
+/// One dataset of a mixture; lives in `configs/datasets/<name>.toml` or in the recipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DatasetConfig {
+    /// Where it lies: a URL, or a path below `data.root`. Empty: its name.
+    #[serde(default)]
+    pub url: String,
+    /// Weight in the mixture; 0 leaves the dataset out.
+    #[serde(default = "defaults::weight")]
+    pub weight: f64,
+    /// Name of its action space.
+    pub embodiment: String,
+    /// Camera role -> image feature.
+    pub cameras: BTreeMap<String, String>,
+    /// Feature that holds the actions.
+    #[serde(default = "defaults::action")]
+    pub action: String,
+    /// Feature that holds the proprioception; empty for none.
+    #[serde(default = "defaults::state")]
+    pub state: String,
+    /// Where the instruction comes from.
+    #[serde(default)]
+    pub instruction: Instruction,
+    /// Robot's name in the prompt.
+    pub robot: String,
+    /// Control frequency told to the model; 0 takes the `fps` of `info.json`.
+    #[serde(default)]
+    pub hz: f64,
+    /// Episodes kept for evaluation: never trained on.
+    #[serde(default)]
+    pub holdout_episodes: BTreeSet<u64>,
+}
+
+/// What the weight of a dataset means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum WeightMeaning {
+    /// Proportional to the dataset's share of samples.
+    #[default]
+    Share,
+    /// Multiplied by the dataset's eligible frames first: 1 everywhere is the natural mixture.
+    TimesFrames,
+}
+
+/// Where an episode's instruction comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Instruction {
+    /// The text of the frame's task, inside the prompt.
+    #[default]
+    Task,
+    /// The text of the frame's task, without a prompt around it.
+    Raw,
+    /// None: the prompt ends with an empty instruction.
+    Empty,
+}
+
+mod defaults {
+    use super::{ByteSize, PathBuf, ResizeKind};
+
+    pub(super) fn resize() -> ResizeKind {
+        ResizeKind::Lanczos3Square
+    }
+    pub(super) fn window_bytes() -> ByteSize {
+        ByteSize::gib(1)
+    }
+    pub(super) fn cache_bytes() -> ByteSize {
+        ByteSize::gib(4)
+    }
+    pub(super) fn prefetch_batches() -> usize {
+        4
+    }
+    pub(super) fn text_length() -> usize {
+        50
+    }
+    pub(super) fn index_dir() -> PathBuf {
+        ".cache/pollen/index".into()
+    }
+    pub(super) fn weight() -> f64 {
+        1.0
+    }
+    pub(super) fn action() -> String {
+        "action".into()
+    }
+    pub(super) fn state() -> String {
+        "observation.state".into()
+    }
+}
+
+impl DataConfig {
+    /// Reports every fault at once.
+    pub fn validate(&self) -> Result<()> {
+        let mut faults = Vec::new();
+        if self.used().next().is_none() {
+            faults.push("data.datasets has no dataset with a weight above 0".to_owned());
+        }
+        if self.cameras.is_empty() {
+            faults.push("data.cameras is empty; name at least one role".to_owned());
+        }
+        for (key, value) in [
+            ("image_size", self.image_size),
+            ("prefetch_batches", self.prefetch_batches),
+            ("window_bytes", self.window_bytes.as_u64() as usize),
+            ("cache_bytes", self.cache_bytes.as_u64() as usize),
+        ] {
+            if value == 0 {
+                faults.push(format!("data.{key} is 0; set it to at least 1"));
+            }
+        }
+        if self.text_length < 2 {
+            faults.push("data.text_length leaves no room for `<s>` and `</s>`".to_owned());
+        }
+        for (i, role) in self.cameras.iter().enumerate() {
+            if self.cameras[..i].contains(role) {
+                faults.push(format!("data.cameras names `{role}` twice"));
+            }
+        }
+        for role in self.augment.keys() {
+            if !self.cameras.contains(role) {
+                faults.push(format!(
+                    "data.augment.{role} is for a camera that data.cameras does not name"
+                ));
+            }
+        }
+        for (name, dataset) in &self.datasets {
+            dataset.faults(name, &self.cameras, &mut faults);
+        }
+        if faults.is_empty() {
+            Ok(())
+        } else {
+            Err(Error::Config { faults })
+        }
+    }
+
+    /// Returns the datasets with a weight above zero, in the order of their names.
+    pub fn used(&self) -> impl Iterator<Item = (&String, &DatasetConfig)> {
+        self.datasets
+            .iter()
+            .filter(|(_, dataset)| dataset.weight != 0.0)
+    }
+}
+
+impl DatasetConfig {
+    /// Returns where the dataset named `name` lies.
+    pub fn location(&self, root: &str, name: &str) -> String {
+        if self.url.contains("://") {
+            return self.url.trim_end_matches('/').to_owned();
+        }
+        let below = if self.url.is_empty() { name } else { &self.url };
+        format!("{}/{}", root.trim_end_matches('/'), below.trim_matches('/'))
+    }
+
+    fn faults(&self, name: &str, roles: &[String], faults: &mut Vec<String>) {
+        let key = format!("data.datasets.{name}");
+        if !self.weight.is_finite() || self.weight < 0.0 {
+            faults.push(format!(
+                "{key}.weight = {} is not a number of at least 0",
+                self.weight
+            ));
+        }
+        if !self.hz.is_finite() || self.hz < 0.0 {
+            faults.push(format!("{key}.hz = {} is not a frequency", self.hz));
+        }
+        if self.action.is_empty() {
+            faults.push(format!("{key}.action is empty; name a feature"));
+        }
+        if self.weight != 0.0 && !roles.iter().any(|role| self.cameras.contains_key(role)) {
+            faults.push(format!(
+                "{key}.cameras has none of the roles {roles:?} of data.cameras"
+            ));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pollen_core::Layered;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Recipe {
+        data: DataConfig,
+    }
+
+    fn parse(text: &str) -> std::result::Result<DataConfig, pollen_core::ConfigError> {
+        Ok(Layered::from_text(text, "recipe.toml")?
+            .parse::<Recipe>()?
+            .data)
+    }
+
+    const SMALL: &str = r#"
+        [data]
+        root = "s3://bucket/data/"
+        cameras = ["primary", "wrist"]
+        image_size = 64
+        tokenizer = "tokenizer.json"
+        window_bytes = "1 MiB"
+        augment = { primary = { kind = "random_shift", pad = 4 } }
+        [data.datasets.b]
+        embodiment = "eef_delta"
+        robot = "Panda"
+        cameras = { primary = "observation.images.primary" }
+        [data.datasets.a]
+        url = "file:///elsewhere/a/"
+        weight = 0
+        embodiment = "eef_delta"
+        robot = "Panda"
+        cameras = {}
+    "#;
+
+    #[test]
+    fn reads_a_section() {
+        let config = parse(SMALL).expect("parses");
+        config.validate().expect("valid");
+        assert_eq!(config.window_bytes, ByteSize::mib(1));
+        let used: Vec<&String> = config.used().map(|(name, _)| name).collect();
+        assert_eq!(used, ["b"]);
+        let location = |name: &str| config.datasets[name].location(&config.root, name);
+        assert_eq!(location("b"), "s3://bucket/data/b");
+        assert_eq!(location("a"), "file:///elsewhere/a");
+    }
+
+    #[test]
+    fn a_typo_is_named() {
+        let text = SMALL.replace("robot = \"Panda\"", "robott = \"Panda\"");
+        let error = parse(&text).expect_err("a typo").to_string();
+        assert!(error.contains("did you mean `robot`"), "{error}");
+        let text = SMALL.replace("random_shift", "random_shifts");
+        assert!(parse(&text).is_err());
+    }
+
+    #[test]
+    fn all_faults_are_reported() {
+        let text = SMALL
+            .replace("image_size = 64", "image_size = 0")
+            .replace("augment = { primary", "augment = { left")
+            .replace("cameras = { primary", "cameras = { left");
+        let error = parse(&text)
+            .expect("parses")
+            .validate()
+            .expect_err("three faults")
+            .to_string();
+        for part in ["image_size", "data.augment.left", "data.datasets.b.cameras"] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

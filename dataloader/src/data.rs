@@ -1,0 +1,397 @@
+//! The datasets of a run, opened, and what turns their rows into model inputs.
+
+use std::sync::Arc;
+
+use pollen_core::{ActionSpace, Draws, Seed};
+use pollen_processing::{Image, ImageContract, ObservationContract, ResizeKind, Resizer};
+use pollen_storage::Storage;
+
+use crate::batch::{BatchDims, HostBatch, ModelShape};
+use crate::columns::FileColumns;
+use crate::config::DataConfig;
+use crate::dataset::Dataset;
+use crate::decode::decode_jpeg;
+use crate::error::{Error, Result};
+use crate::mixture::{Mixture, MixtureSource};
+use crate::prepare::{Prepare, Texts};
+use crate::row_group::{Key, OpenRowGroup, RowGroupCache};
+use crate::sampler::{RowGroupFrames, SampleRef};
+
+/// Opens the storage at a URL; the caller chooses limits and credentials.
+pub type OpenStorage<'a> =
+    &'a (dyn Fn(&str) -> std::result::Result<Storage, pollen_storage::Error> + Sync);
+
+/// The datasets of a run. Shared by all loaders of a process, with one cache of open row groups.
+#[derive(Debug)]
+pub struct Data {
+    config: DataConfig,
+    shape: ModelShape,
+    datasets: Vec<Dataset>,
+    prepare: Vec<Prepare>,
+    texts: Texts,
+    resizer: Resizer,
+    cache: RowGroupCache,
+}
+
+impl Data {
+    /// Opens the datasets that the recipe gives a weight, indexing those without a sidecar.
+    ///
+    /// `spaces` are the model's action spaces in its order; `open` is called for `data.root` and
+    /// for datasets elsewhere.
+    pub async fn open(
+        config: &DataConfig,
+        spaces: &[ActionSpace],
+        shape: ModelShape,
+        open: OpenStorage<'_>,
+    ) -> Result<Self> {
+        config.validate()?;
+        check_shape(config, spaces, shape)?;
+        let texts = Texts::load(
+            &config.tokenizer,
+            config.florence_tokens,
+            config.text_length,
+        )?;
+        let opened = |url: &str| {
+            open(url).map_err(|source| Error::Storage {
+                dataset: "data.root".into(),
+                source,
+            })
+        };
+        let root = opened(&config.root)?;
+        let mut datasets = Vec::new();
+        for (name, section) in config.used() {
+            let storage = match (section.url.contains("://"), section.url.is_empty()) {
+                (true, _) => opened(&section.url)?,
+                (false, true) => root.join(name),
+                (false, false) => root.join(&section.url),
+            };
+            let dataset = Dataset::open(
+                name,
+                section,
+                storage,
+                spaces,
+                &config.cameras,
+                &config.index_dir,
+            );
+            datasets.push(dataset.await?);
+        }
+        let mut prepare = Vec::new();
+        let mut faults = Vec::new();
+        for dataset in &datasets {
+            prepare.push(Prepare::new(dataset)?);
+            for (role, image) in config.cameras.iter().zip(dataset.cameras()) {
+                let size = image.and_then(|image| dataset.image_size(image));
+                let squares = config.resize == ResizeKind::Lanczos3Square;
+                if let Some((height, width)) = size.filter(|(h, w)| h != w && !squares) {
+                    faults.push(format!(
+                        "data.datasets.{}.cameras.{role} is {height} x {width}; data.resize keeps \
+                         the aspect, set it to \"lanczos3_square\"",
+                        dataset.name()
+                    ));
+                }
+            }
+        }
+        if !faults.is_empty() {
+            return Err(Error::Config { faults });
+        }
+        Ok(Self {
+            resizer: Resizer::new(config.resize, config.image_size),
+            cache: RowGroupCache::new(config.cache_bytes.as_u64()),
+            config: config.clone(),
+            shape,
+            datasets,
+            prepare,
+            texts,
+        })
+    }
+
+    /// Returns the recipe's section.
+    pub fn config(&self) -> &DataConfig {
+        &self.config
+    }
+
+    /// Returns the sizes that batches are made for.
+    pub fn shape(&self) -> ModelShape {
+        self.shape
+    }
+
+    /// Returns the datasets in the order of [`SampleRef::dataset`].
+    pub fn datasets(&self) -> &[Dataset] {
+        &self.datasets
+    }
+
+    /// Returns (name, hash) of each dataset, for the checkpoint's manifest.
+    pub fn hashes(&self) -> Vec<(String, String)> {
+        let hash = |d: &Dataset| (d.name().to_owned(), d.sidecar().dataset_hash.clone());
+        self.datasets.iter().map(hash).collect()
+    }
+
+    /// Returns what serving needs to prepare observations as these batches are prepared.
+    pub fn contract(&self) -> ObservationContract {
+        let contracts = self.datasets.iter().zip(&self.prepare);
+        ObservationContract {
+            version: ObservationContract::VERSION,
+            cameras: self.config.cameras.clone(),
+            image: ImageContract::new(self.config.image_size, self.config.resize),
+            text: self.texts.contract().clone(),
+            datasets: contracts
+                .map(|(dataset, prepare)| (dataset.name().into(), prepare.contract().clone()))
+                .collect(),
+        }
+    }
+
+    /// Returns the number of token ids; the model's table needs at least as many rows.
+    pub fn vocabulary_size(&self) -> usize {
+        self.texts.vocabulary_size()
+    }
+
+    /// Builds the order of training samples under the run's root seed.
+    pub fn mixture(&self, seed: Seed) -> Result<Mixture> {
+        let sources = self.datasets.iter().map(|dataset| MixtureSource {
+            name: dataset.name().to_owned(),
+            weight: dataset.config().weight,
+            groups: dataset.frames(false),
+        });
+        Mixture::new(
+            seed,
+            sources.collect(),
+            self.config.weight_meaning,
+            self.config.window_bytes.as_u64(),
+        )
+    }
+
+    /// Returns every `stride`-th frame of the held-out episodes, in the order of datasets and rows,
+    /// numbered from 0.
+    pub fn holdout(&self, stride: usize) -> Vec<(u64, SampleRef)> {
+        let held_out = self.datasets.iter().enumerate().flat_map(|(d, dataset)| {
+            frames_of(d as u32, &dataset.frames(true)).collect::<Vec<_>>()
+        });
+        (0..).zip(held_out.step_by(stride.max(1))).collect()
+    }
+
+    /// Returns how many entries of a sample count in the loss: the same on every rank, from the
+    /// sample alone.
+    pub fn valid_entries(&self, sample: SampleRef) -> u64 {
+        self.datasets[sample.dataset as usize].valid_entries(
+            sample,
+            self.shape.action_horizon,
+            self.config.mask_padding,
+        )
+    }
+
+    /// Returns the bytes of row groups held open.
+    pub fn cached_bytes(&self) -> u64 {
+        self.cache.bytes()
+    }
+
+    pub(crate) async fn row_group(&self, key: Key) -> Result<Arc<OpenRowGroup>> {
+        let dataset = &self.datasets[key.0 as usize];
+        self.cache
+            .get(key, || Box::pin(dataset.open_row_group(key.1)))
+            .await
+    }
+
+    pub(crate) async fn columns(&self, key: Key) -> Result<Arc<FileColumns>> {
+        self.datasets[key.0 as usize].columns(key.1).await
+    }
+
+    pub(crate) fn empty_batch(&self, samples: &[(u64, SampleRef)]) -> HostBatch {
+        let dims = BatchDims {
+            batch: samples.len(),
+            cameras: self.config.cameras.len(),
+            image_size: self.config.image_size,
+            text_length: self.config.text_length,
+            action_horizon: self.shape.action_horizon,
+            action_width: self.shape.action_width,
+            proprio_width: self.shape.proprio_width,
+        };
+        HostBatch::empty(dims, samples, self.texts.pad_id())
+    }
+
+    /// Fills in everything but the images of one sample.
+    pub(crate) fn fill_low_dim(
+        &self,
+        batch: &mut HostBatch,
+        slot: usize,
+        sample: SampleRef,
+        columns: &FileColumns,
+    ) -> Result<()> {
+        let dataset = &self.datasets[sample.dataset as usize];
+        let prepare = &self.prepare[sample.dataset as usize];
+        let BatchDims {
+            text_length,
+            action_horizon,
+            action_width,
+            proprio_width,
+            ..
+        } = batch.dims;
+        let row = dataset.row_in_file(sample);
+        if columns.episode.get(row) != Some(&sample.episode) {
+            return Err(dataset.bad_frame(sample, "the index names another episode here"));
+        }
+        let entries = action_horizon * action_width;
+        let actions = &mut batch.actions[slot * entries..(slot + 1) * entries];
+        let rows_left = dataset.rows_left(sample.frame) as usize;
+        let chunk = prepare.chunk(&columns.action, row, rows_left, action_horizon);
+        let chunk = chunk.map_err(|reason| dataset.bad_frame(sample, reason))?;
+        let width = dataset.action_space().dim();
+        let real_steps = match self.config.mask_padding {
+            true => rows_left,
+            false => action_horizon,
+        };
+        let valid = &mut batch.valid[slot * entries..(slot + 1) * entries];
+        for (step, action) in chunk.chunks_exact(width).enumerate() {
+            let at = step * action_width;
+            actions[at..at + width].copy_from_slice(action);
+            valid[at..at + width].fill(u8::from(step < real_steps));
+        }
+        if dataset.action_space().proprio_dim > 0 {
+            let proprio = prepare
+                .proprio(columns.state.row(row))
+                .map_err(|reason| dataset.bad_frame(sample, reason))?;
+            let at = slot * proprio_width;
+            batch.proprio[at..at + proprio.len()].copy_from_slice(&proprio);
+        }
+        let task = columns.task[row];
+        let text = self.texts.tokens((sample.dataset, task), || {
+            prepare.prompt(&dataset.metadata().tasks[task as usize])
+        })?;
+        let at = slot * text_length;
+        batch.input_ids[at..at + text_length].copy_from_slice(&text.ids);
+        batch.text_mask[at..at + text_length].copy_from_slice(&text.mask);
+        batch.spaces[slot] = dataset.space_index();
+        batch.frequency_hz[slot] = dataset.frequency_hz();
+        Ok(())
+    }
+
+    /// Decodes, resizes and augments the images of one sample: one per camera that its dataset has.
+    pub(crate) fn decode_images(
+        &self,
+        sample: SampleRef,
+        group: &OpenRowGroup,
+        seed: Option<Seed>,
+    ) -> Result<Vec<Option<Image>>> {
+        let dataset = &self.datasets[sample.dataset as usize];
+        let row = dataset.row_in_group(sample);
+        let roles = self.config.cameras.iter().zip(dataset.cameras());
+        roles
+            .enumerate()
+            .map(|(camera, (role, image))| {
+                let Some(image) = *image else { return Ok(None) };
+                let bad = |reason: String| {
+                    dataset.bad_frame(sample, format!("camera `{role}`: {reason}"))
+                };
+                let bytes = group
+                    .image(image, row)
+                    .ok_or_else(|| bad("there is no image".into()))?;
+                let decoded = decode_jpeg(bytes, dataset.image_size(image)).map_err(bad)?;
+                let resized = self
+                    .resizer
+                    .resize_square(&decoded)
+                    .map_err(|e| bad(e.to_string()))?;
+                let augmentation = self.config.augment.get(role);
+                Ok(Some(match (seed, augmentation) {
+                    (Some(seed), Some(augmentation)) => {
+                        let mut draws: Draws = seed.index(camera as u64).draws();
+                        augmentation.apply(resized, &mut draws)
+                    }
+                    _ => resized,
+                }))
+            })
+            .collect()
+    }
+
+    /// Returns the mean normalised action chunk of each action space over the training frames,
+    /// weighted by the datasets' shares: what a policy that sees nothing should predict. `None` for
+    /// a space without data. Reads low-dimensional columns only.
+    ///
+    /// # Shapes
+    /// [H, A], zero beyond the space.
+    pub async fn mean_chunks(&self, mixture: &Mixture) -> Result<Vec<Option<Vec<f32>>>> {
+        let ModelShape {
+            action_horizon,
+            action_width,
+            ..
+        } = self.shape;
+        let spaces = self.datasets.iter().map(|d| d.space_index() as usize + 1);
+        let num_spaces = spaces.max().unwrap_or(0);
+        // Per space and entry: (weighted sum, weight).
+        let mut sums = vec![vec![(0.0_f64, 0.0_f64); action_horizon * action_width]; num_spaces];
+        for (d, share) in mixture.shares().into_iter().enumerate() {
+            let (dataset, prepare) = (&self.datasets[d], &self.prepare[d]);
+            let weight = share / mixture.order(d).num_frames() as f64;
+            let sums = &mut sums[dataset.space_index() as usize];
+            let width = dataset.action_space().dim();
+            for sample in frames_of(d as u32, &dataset.frames(false)) {
+                let columns = dataset.columns(sample.row_group).await?;
+                let rows_left = dataset.rows_left(sample.frame) as usize;
+                let row = dataset.row_in_file(sample);
+                let chunk = prepare.chunk(&columns.action, row, rows_left, action_horizon);
+                // A frame that cannot be used is reported when it is loaded.
+                let Ok(chunk) = chunk else { continue };
+                for (step, action) in chunk.chunks_exact(width).enumerate() {
+                    if self.config.mask_padding && step >= rows_left {
+                        break;
+                    }
+                    let entries = &mut sums[step * action_width..][..width];
+                    for (entry, &value) in entries.iter_mut().zip(action) {
+                        entry.0 += weight * f64::from(value);
+                        entry.1 += weight;
+                    }
+                }
+            }
+        }
+        let mean = |(sum, weight): (f64, f64)| {
+            if weight > 0.0 {
+                (sum / weight) as f32
+            } else {
+                0.0
+            }
+        };
+        let chunks = sums.into_iter().map(|sums| {
+            let any = sums.iter().any(|&(_, weight)| weight > 0.0);
+            any.then(|| sums.into_iter().map(mean).collect())
+        });
+        Ok(chunks.collect())
+    }
+}
+
+/// Lists the frames of row groups in order.
+fn frames_of(dataset: u32, groups: &[RowGroupFrames]) -> impl Iterator<Item = SampleRef> {
+    groups.iter().enumerate().flat_map(move |(g, group)| {
+        group.runs.iter().flat_map(move |run| {
+            (run.first_row..run.first_row + run.rows).map(move |frame| SampleRef {
+                dataset,
+                row_group: g as u32,
+                episode: run.episode,
+                frame,
+            })
+        })
+    })
+}
+
+fn check_shape(config: &DataConfig, spaces: &[ActionSpace], shape: ModelShape) -> Result<()> {
+    let mut faults = Vec::new();
+    if shape.action_horizon == 0 {
+        faults.push("the model's action horizon is 0".to_owned());
+    }
+    let used = |space: &&ActionSpace| config.used().any(|(_, d)| d.embodiment == space.name);
+    for space in spaces.iter().filter(used) {
+        if space.dim() > shape.action_width || space.proprio_dim > shape.proprio_width {
+            faults.push(format!(
+                "the action space `{}` has {} dimensions and {} of proprioception; the model takes \
+                 {} and {}",
+                space.name,
+                space.dim(),
+                space.proprio_dim,
+                shape.action_width,
+                shape.proprio_width
+            ));
+        }
+    }
+    if faults.is_empty() {
+        Ok(())
+    } else {
+        Err(Error::Config { faults })
+    }
+}

@@ -1,0 +1,437 @@
+//! One opened dataset: its tables, and access to its columns and row groups.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use parquet::arrow::arrow_reader::ArrowReaderMetadata;
+use pollen_core::ActionSpace;
+use pollen_storage::Storage;
+use tokio::sync::OnceCell;
+
+use crate::columns::{ColumnNames, FileColumns, read_columns};
+use crate::config::DatasetConfig;
+use crate::error::{Error, Result};
+use crate::index::load_sidecar;
+use crate::lerobot::{Metadata, read_metadata};
+use crate::parquet_file::{FileName, read_footer};
+use crate::row_group::OpenRowGroup;
+use crate::sampler::{RowGroupFrames, Run, SampleRef};
+use crate::sidecar::{Sidecar, Transform};
+
+/// A dataset that is ready to be read.
+#[derive(Debug)]
+pub struct Dataset {
+    name: String,
+    config: DatasetConfig,
+    storage: Storage,
+    metadata: Metadata,
+    sidecar: Sidecar,
+    space_index: u32,
+    space: ActionSpace,
+    files: Vec<File>,
+    groups: Vec<Group>,
+    /// In the order of rows.
+    episodes: Vec<EpisodeRows>,
+    /// Image features to read, in the order of the model's cameras.
+    features: Vec<String>,
+    /// Per model camera: its place in `features`.
+    cameras: Vec<Option<usize>>,
+}
+
+#[derive(Debug)]
+struct File {
+    name: FileName,
+    first_row: u64,
+    footer: OnceCell<ArrowReaderMetadata>,
+    columns: OnceCell<Arc<FileColumns>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Group {
+    file: usize,
+    /// Number in its file.
+    number: usize,
+    first_row: u64,
+}
+
+/// The rows of one episode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct EpisodeRows {
+    pub(crate) episode: u64,
+    pub(crate) first_row: u64,
+    pub(crate) rows: u64,
+}
+
+impl Dataset {
+    /// Opens a dataset, making its index if there is none.
+    ///
+    /// `spaces` are the model's action spaces and `cameras` its camera roles, both in the model's
+    /// order.
+    pub async fn open(
+        name: &str,
+        config: &DatasetConfig,
+        storage: Storage,
+        spaces: &[ActionSpace],
+        cameras: &[String],
+        index_dir: &Path,
+    ) -> Result<Self> {
+        let metadata = read_metadata(&storage, name).await?;
+        let transform = Transform::columns(&config.action, &config.state);
+        let found = spaces.iter().position(|s| s.name == config.embodiment);
+        let mut faults = Vec::new();
+        if found.is_none() {
+            let known: Vec<&str> = spaces.iter().map(|space| &*space.name).collect();
+            faults.push(format!(
+                "data.datasets.{name}.embodiment = \"{}\" is not one of the model's action spaces \
+                 {known:?}",
+                config.embodiment
+            ));
+        }
+        let space_index = found.unwrap_or_default();
+        if let Some(space) = spaces.get(space_index) {
+            feature_faults(name, config, &metadata, space, cameras, &mut faults);
+        }
+        if !faults.is_empty() {
+            return Err(Error::Config { faults });
+        }
+        let sidecar = load_sidecar(&storage, name, &metadata, &transform, index_dir).await?;
+        let mut dataset = Self {
+            name: name.into(),
+            config: config.clone(),
+            storage,
+            metadata,
+            space_index: space_index as u32,
+            space: spaces[space_index].clone(),
+            files: Vec::new(),
+            groups: Vec::new(),
+            episodes: Vec::new(),
+            features: Vec::new(),
+            cameras: Vec::new(),
+            sidecar,
+        };
+        dataset.lay_out();
+        for role in cameras {
+            let feature = config.cameras.get(role);
+            dataset
+                .cameras
+                .push(feature.map(|_| dataset.features.len()));
+            dataset.features.extend(feature.cloned());
+        }
+        for holdout in &config.holdout_episodes {
+            if !dataset.episodes.iter().any(|e| e.episode == *holdout) {
+                return Err(Error::config(format!(
+                    "data.datasets.{name}.holdout_episodes names episode {holdout}; the dataset \
+                     has {} episodes",
+                    dataset.episodes.len()
+                )));
+            }
+        }
+        Ok(dataset)
+    }
+
+    fn lay_out(&mut self) {
+        let mut row = 0;
+        for (f, file) in self.sidecar.files.iter().enumerate() {
+            self.files.push(File {
+                name: FileName {
+                    dataset: self.name.clone(),
+                    path: file.path.clone(),
+                },
+                first_row: row,
+                footer: OnceCell::new(),
+                columns: OnceCell::new(),
+            });
+            for (number, group) in file.row_groups.iter().enumerate() {
+                self.groups.push(Group {
+                    file: f,
+                    number,
+                    first_row: row,
+                });
+                for &(episode, first, rows) in &group.episodes {
+                    match self.episodes.last_mut().filter(|e| e.episode == episode) {
+                        Some(known) if first > 0 => known.rows += rows,
+                        _ => self.episodes.push(EpisodeRows {
+                            episode,
+                            first_row: row,
+                            rows,
+                        }),
+                    }
+                    row += rows;
+                }
+            }
+        }
+    }
+
+    /// Returns the name in the recipe.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Returns its section of the recipe.
+    pub fn config(&self) -> &DatasetConfig {
+        &self.config
+    }
+
+    /// Returns its index: checksums, statistics, row groups.
+    pub fn sidecar(&self) -> &Sidecar {
+        &self.sidecar
+    }
+
+    /// Returns its `info.json` and its tasks.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// Returns its action space.
+    pub fn action_space(&self) -> &ActionSpace {
+        &self.space
+    }
+
+    /// Returns the position of its action space among the model's.
+    pub fn space_index(&self) -> u32 {
+        self.space_index
+    }
+
+    /// Returns the control frequency told to the model, in hertz.
+    pub fn frequency_hz(&self) -> f32 {
+        if self.config.hz > 0.0 {
+            self.config.hz as f32
+        } else {
+            self.metadata.info.fps as f32
+        }
+    }
+
+    /// Returns the number of row groups in all files.
+    pub fn num_row_groups(&self) -> usize {
+        self.groups.len()
+    }
+
+    /// Returns the number of episodes, held-out ones included.
+    pub fn num_episodes(&self) -> usize {
+        self.episodes.len()
+    }
+
+    /// Returns the row groups with the frames of training episodes, or of the held-out ones.
+    pub fn frames(&self, held_out: bool) -> Vec<RowGroupFrames> {
+        let groups = self.sidecar.files.iter().flat_map(|file| &file.row_groups);
+        let mut row = 0;
+        groups
+            .map(|group| {
+                let mut runs = Vec::new();
+                for &(episode, _, rows) in &group.episodes {
+                    if self.config.holdout_episodes.contains(&episode) == held_out {
+                        runs.push(Run {
+                            episode,
+                            first_row: row,
+                            rows,
+                        });
+                    }
+                    row += rows;
+                }
+                RowGroupFrames {
+                    bytes: group.bytes,
+                    runs,
+                }
+            })
+            .collect()
+    }
+
+    /// Returns how many entries of a sample's action chunk count in the loss.
+    ///
+    /// With `mask_padding`, steps past the end of the episode do not.
+    pub fn valid_entries(&self, sample: SampleRef, horizon: usize, mask_padding: bool) -> u64 {
+        let steps = match mask_padding {
+            true => (horizon as u64).min(self.rows_left(sample.frame)),
+            false => horizon as u64,
+        };
+        steps * self.space.dim() as u64
+    }
+
+    /// Returns the number of frames from a global row to the end of its episode, itself included.
+    pub(crate) fn rows_left(&self, row: u64) -> u64 {
+        let episode = self.episode_at(row);
+        episode.first_row + episode.rows - row
+    }
+
+    fn episode_at(&self, row: u64) -> EpisodeRows {
+        let at = self.episodes.partition_point(|e| e.first_row <= row);
+        self.episodes[at.saturating_sub(1)]
+    }
+
+    /// Returns, per model camera, its number among the images that [`Self::open_row_group`] reads.
+    pub(crate) fn cameras(&self) -> &[Option<usize>] {
+        &self.cameras
+    }
+
+    /// Returns height and width that an image of the camera must have.
+    pub(crate) fn image_size(&self, image: usize) -> Option<(usize, usize)> {
+        let feature = self.metadata.info.features.get(&self.features[image])?;
+        feature.image_size()
+    }
+
+    /// Returns the row inside its row group.
+    pub(crate) fn row_in_group(&self, sample: SampleRef) -> usize {
+        (sample.frame - self.groups[sample.row_group as usize].first_row) as usize
+    }
+
+    /// Returns the row inside its file.
+    pub(crate) fn row_in_file(&self, sample: SampleRef) -> usize {
+        let file = self.groups[sample.row_group as usize].file;
+        (sample.frame - self.files[file].first_row) as usize
+    }
+
+    /// Returns the low-dimensional columns of the file that holds a row group; read once.
+    pub(crate) async fn columns(&self, row_group: u32) -> Result<Arc<FileColumns>> {
+        let index = self.groups[row_group as usize].file;
+        let file = &self.files[index];
+        let columns = file
+            .columns
+            .get_or_try_init(|| async {
+                let bytes = self.sidecar.files[index].bytes;
+                let names = ColumnNames::of(&self.sidecar.transform);
+                let footer = self.footer(index).await?;
+                let columns =
+                    read_columns(&self.storage, &file.name, footer, bytes, &names).await?;
+                self.check_columns(index, &columns)?;
+                Ok::<_, Error>(Arc::new(columns))
+            })
+            .await?;
+        Ok(Arc::clone(columns))
+    }
+
+    fn check_columns(&self, index: usize, columns: &FileColumns) -> Result<()> {
+        let file = &self.files[index];
+        let groups = &self.sidecar.files[index].row_groups;
+        let rows: u64 = groups.iter().map(|group| group.rows).sum();
+        if columns.action.len() as u64 != rows || columns.episode.len() as u64 != rows {
+            return Err(file.name.bad(format!(
+                "has {} rows of actions, the index says {rows}",
+                columns.action.len()
+            )));
+        }
+        if columns.action.width != self.space.dim() {
+            return Err(file.name.bad(format!(
+                "its actions have {} dimensions, the action space `{}` has {}",
+                columns.action.width,
+                self.space.name,
+                self.space.dim()
+            )));
+        }
+        let tasks = self.metadata.tasks.len() as u64;
+        if let Some(task) = columns.task.iter().find(|&&task| task >= tasks) {
+            return Err(file
+                .name
+                .bad(format!("names task {task}, meta/tasks.parquet has {tasks}")));
+        }
+        Ok(())
+    }
+
+    async fn footer(&self, index: usize) -> Result<&ArrowReaderMetadata> {
+        let file = &self.files[index];
+        let bytes = self.sidecar.files[index].bytes;
+        file.footer
+            .get_or_try_init(|| read_footer(&self.storage, &file.name, bytes))
+            .await
+    }
+
+    /// Fetches a row group by one request and opens it.
+    pub(crate) async fn open_row_group(&self, row_group: u32) -> Result<OpenRowGroup> {
+        let group = self.groups[row_group as usize];
+        let name = self.files[group.file].name.clone();
+        let footer = self.footer(group.file).await?.clone();
+        let file_bytes = self.sidecar.files[group.file].bytes;
+        let expected = self.sidecar.files[group.file].row_groups[group.number].clone();
+        let range = expected.offset..expected.offset + expected.bytes;
+        let bytes = self
+            .storage
+            .get_range(&name.path, range)
+            .await
+            .map_err(|e| name.failed(e))?;
+        let features = self.features.clone();
+        // The checksum and the views of some MiB take a millisecond or two.
+        tokio::task::spawn_blocking(move || {
+            let number = group.number;
+            OpenRowGroup::read(
+                &name, &footer, file_bytes, number, &expected, bytes, &features,
+            )
+        })
+        .await
+        .map_err(|_| Error::Ended {
+            part: "row-group reader",
+        })?
+    }
+
+    /// Names a frame in an error.
+    pub(crate) fn bad_frame(&self, sample: SampleRef, reason: impl ToString) -> Error {
+        Error::Frame {
+            dataset: self.name.clone(),
+            episode: sample.episode,
+            frame: sample.frame,
+            reason: reason.to_string(),
+        }
+    }
+}
+
+/// Checks the recipe's columns against `info.json`.
+fn feature_faults(
+    name: &str,
+    config: &DatasetConfig,
+    metadata: &Metadata,
+    space: &ActionSpace,
+    cameras: &[String],
+    faults: &mut Vec<String>,
+) {
+    let key = format!("data.datasets.{name}");
+    let features = &metadata.info.features;
+    let mut known = |what: &str, feature: &str| {
+        let found = features.get(feature);
+        if found.is_none() {
+            let names: Vec<&String> = features.keys().collect();
+            faults.push(format!(
+                "{key}.{what} = \"{feature}\" is not a feature; it has {names:?}"
+            ));
+        }
+        found
+    };
+    let action = known("action", &config.action).cloned();
+    let state = match config.state.is_empty() {
+        true => None,
+        false => known("state", &config.state).cloned(),
+    };
+    let images: Vec<_> = cameras
+        .iter()
+        .filter_map(|role| config.cameras.get(role).map(|feature| (role, feature)))
+        .filter_map(|(role, feature)| {
+            let found = known(&format!("cameras.{role}"), feature)?;
+            Some((role, feature, found.clone()))
+        })
+        .collect();
+    for (role, feature, found) in images {
+        if found.dtype != "image" {
+            faults.push(format!(
+                "{key}.cameras.{role} = \"{feature}\" is of type {}; Pollen reads images, convert \
+                 the dataset with `pollen data convert`",
+                found.dtype
+            ));
+        }
+    }
+    let width = |shape: &[usize]| shape.iter().product::<usize>();
+    if let Some(action) = action.filter(|action| width(&action.shape) != space.dim()) {
+        faults.push(format!(
+            "{key}.action = \"{}\" has {} dimensions, the action space `{}` has {}",
+            config.action,
+            width(&action.shape),
+            space.name,
+            space.dim()
+        ));
+    }
+    if space.proprio_dim > 0
+        && state.as_ref().map_or(0, |state| width(&state.shape)) != space.proprio_dim
+    {
+        faults.push(format!(
+            "{key}.state = \"{}\" does not have the {} dimensions that the action space `{}` shows \
+             the policy",
+            config.state, space.proprio_dim, space.name
+        ));
+    }
+}

@@ -1,0 +1,143 @@
+//! JPEG frames to pixels, and the threads that do it.
+
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use pollen_processing::Image;
+use zune_core::bytestream::ZCursor;
+use zune_core::colorspace::ColorSpace;
+use zune_core::options::DecoderOptions;
+use zune_jpeg::JpegDecoder;
+
+/// Longest side of a frame; a larger one is taken for a broken header.
+const MAX_SIDE: usize = 8192;
+
+/// Decodes a frame; the error says what is wrong with it.
+///
+/// `size` is the height and width that `info.json` promises.
+pub fn decode_jpeg(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, String> {
+    if !bytes.starts_with(&[0xff, 0xd8]) {
+        let what = match bytes {
+            [] => "is empty",
+            [0x89, b'P', b'N', b'G', ..] => "is a PNG; convert it with `pollen data convert`",
+            _ => "is not a JPEG",
+        };
+        return Err(format!("the image {what}"));
+    }
+    let failed = |error| format!("the JPEG cannot be decoded: {error:?}");
+    // Strict: a file that ends early is an error and not a grey area.
+    let options = DecoderOptions::default()
+        .set_strict_mode(true)
+        .set_max_width(MAX_SIDE)
+        .set_max_height(MAX_SIDE)
+        .jpeg_set_out_colorspace(ColorSpace::RGB);
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+    decoder.decode_headers().map_err(failed)?;
+    let info = decoder.info().ok_or("the JPEG has no frame header")?;
+    let (height, width) = (usize::from(info.height), usize::from(info.width));
+    if info.components != 3 {
+        return Err(format!(
+            "the JPEG has {} colour components in place of 3",
+            info.components
+        ));
+    }
+    if size.is_some_and(|size| size != (height, width)) {
+        let (h, w) = size.unwrap_or_default();
+        return Err(format!(
+            "the JPEG is {height} x {width}, info.json says {h} x {w}"
+        ));
+    }
+    let pixels = decoder.decode().map_err(failed)?;
+    Image::from_interleaved(height, width, &pixels).map_err(|e| e.to_string())
+}
+
+pub(crate) type Job = Box<dyn FnOnce() + Send>;
+
+/// Threads that take jobs from a bounded queue; dropping the pool finishes the queue and joins them.
+#[derive(Debug)]
+pub(crate) struct DecodePool {
+    jobs: Option<SyncSender<Job>>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl DecodePool {
+    pub(crate) fn start(num_threads: usize) -> Self {
+        let (jobs, queue) = sync_channel::<Job>(2 * num_threads);
+        let queue = Arc::new(Mutex::new(queue));
+        let threads = (0..num_threads)
+            .map(|i| {
+                let queue = Arc::clone(&queue);
+                std::thread::Builder::new()
+                    .name(format!("pollen-decode-{i}"))
+                    .spawn(move || work(&queue))
+                    .expect("the process may start a thread")
+            })
+            .collect();
+        Self {
+            jobs: Some(jobs),
+            threads,
+        }
+    }
+
+    /// Queues a job; waits while the queue is full.
+    pub(crate) fn run(&self, job: Job) {
+        let jobs = self.jobs.as_ref().expect("present until the drop");
+        // Fails only when every thread has panicked; whoever waits for the job then sees that.
+        drop(jobs.send(job));
+    }
+}
+
+fn work(queue: &Mutex<Receiver<Job>>) {
+    loop {
+        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        match next {
+            Ok(job) => job(),
+            Err(_) => return,
+        }
+    }
+}
+
+impl Drop for DecodePool {
+    fn drop(&mut self) {
+        self.jobs = None;
+        for thread in self.threads.drain(..) {
+            // A panic was reported by its own thread; the batch it worked on says so, too.
+            drop(thread.join());
+        }
+    }
+}
+
+/// Returns the number of decode threads for a setting of 0.
+pub(crate) fn default_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    #[test]
+    fn other_formats_are_named() {
+        let error = |bytes: &[u8]| decode_jpeg(bytes, None).expect_err("not a JPEG");
+        assert!(error(b"").contains("is empty"));
+        assert!(error(b"\x89PNG\r\n").contains("pollen data convert"));
+        assert!(error(b"GIF89a").contains("not a JPEG"));
+        assert!(error(b"\xff\xd8\xff").contains("cannot be decoded"));
+    }
+
+    #[test]
+    fn the_pool_finishes_its_queue() {
+        let done = Arc::new(AtomicUsize::new(0));
+        let pool = DecodePool::start(2);
+        for _ in 0..50 {
+            let done = Arc::clone(&done);
+            pool.run(Box::new(move || {
+                done.fetch_add(1, Ordering::Relaxed);
+            }));
+        }
+        drop(pool);
+        assert_eq!(done.load(Ordering::Relaxed), 50);
+    }
+}

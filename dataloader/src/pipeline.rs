@@ -1,0 +1,225 @@
+//! Plans -> fetched row groups -> decoded micro-batches, all bounded and in order.
+//!
+//! ```text
+//! plans --fetch task (tokio, `prefetch` at a time)--> row groups and columns
+//!       --assemble thread: actions, text--> jobs --decode threads: images--> batch --> next()
+//! ```
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use futures::StreamExt;
+use futures::future::try_join_all;
+use pollen_core::Seed;
+use tokio::runtime::Handle;
+
+use crate::batch::HostBatch;
+use crate::columns::FileColumns;
+use crate::data::Data;
+use crate::decode::{DecodePool, default_threads};
+use crate::error::{Error, Result};
+use crate::row_group::{Key, OpenRowGroup};
+use crate::sampler::SampleRef;
+
+/// The samples of one micro-batch, each with its number in the run.
+pub(crate) type Plan = Vec<(u64, SampleRef)>;
+
+/// A running pipeline. Dropping it stops the tasks and joins the threads.
+#[derive(Debug)]
+pub(crate) struct Pipeline {
+    batches: Option<Receiver<Pending>>,
+    fetch: tokio::task::JoinHandle<()>,
+    assemble: Option<JoinHandle<()>>,
+}
+
+/// A micro-batch whose images are being decoded.
+type Pending = Receiver<Result<HostBatch>>;
+
+struct Fetched {
+    plan: Plan,
+    groups: HashMap<Key, Arc<OpenRowGroup>>,
+    columns: HashMap<Key, Arc<FileColumns>>,
+}
+
+impl Pipeline {
+    /// Starts on `runtime`; with `augment`, images are augmented by (seed, sample, camera).
+    pub(crate) fn start(
+        data: Arc<Data>,
+        plans: impl Iterator<Item = Plan> + Send + 'static,
+        augment: Option<Seed>,
+        runtime: &Handle,
+    ) -> Self {
+        let prefetch = data.config().prefetch_batches;
+        let threads = match data.config().decode_threads {
+            0 => default_threads(),
+            threads => threads,
+        };
+        let (to_assemble, mut fetched) = tokio::sync::mpsc::channel::<Result<Fetched>>(1);
+        let (to_caller, batches) = sync_channel::<Pending>(prefetch);
+        let for_fetch = Arc::clone(&data);
+        let fetch = runtime.spawn(async move {
+            let fetches = futures::stream::iter(plans)
+                .map(|plan| fetch(Arc::clone(&for_fetch), plan))
+                .buffered(prefetch);
+            let mut fetches = std::pin::pin!(fetches);
+            while let Some(next) = fetches.next().await {
+                if to_assemble.send(next).await.is_err() {
+                    break;
+                }
+            }
+        });
+        let assemble = std::thread::Builder::new()
+            .name("pollen-assemble".into())
+            .spawn(move || {
+                let pool = DecodePool::start(threads);
+                while let Some(next) = fetched.blocking_recv() {
+                    let pending =
+                        next.map_or_else(failed, |it| assemble(&data, it, augment, &pool));
+                    if to_caller.send(pending).is_err() {
+                        break;
+                    }
+                }
+            })
+            .expect("the process may start a thread");
+        Self {
+            batches: Some(batches),
+            fetch,
+            assemble: Some(assemble),
+        }
+    }
+
+    /// Waits for the next micro-batch; `None` after the last.
+    ///
+    /// An error takes the place of the micro-batch it struck; the next call goes on behind it.
+    pub(crate) fn next(&mut self) -> Result<Option<HostBatch>> {
+        let batches = self.batches.as_ref().expect("present until the drop");
+        match batches.recv() {
+            Ok(pending) => match pending.recv() {
+                Ok(batch) => batch.map(Some),
+                Err(_) => Err(Error::Ended {
+                    part: "decode thread",
+                }),
+            },
+            // The assemble thread ends with the plans, or with the task that fetched them.
+            Err(_) => Ok(None),
+        }
+    }
+}
+
+impl Drop for Pipeline {
+    fn drop(&mut self) {
+        self.fetch.abort();
+        self.batches = None;
+        if let Some(thread) = self.assemble.take() {
+            // A panic was reported by its own thread.
+            drop(thread.join());
+        }
+    }
+}
+
+fn failed(error: Error) -> Pending {
+    let (reply, pending) = sync_channel(1);
+    drop(reply.send(Err(error)));
+    pending
+}
+
+/// Opens what a micro-batch needs, each row group and file once.
+async fn fetch(data: Arc<Data>, plan: Plan) -> Result<Fetched> {
+    let mut keys: Vec<Key> = plan.iter().map(|(_, s)| (s.dataset, s.row_group)).collect();
+    keys.sort_unstable();
+    keys.dedup();
+    let opened = try_join_all(keys.into_iter().map(|key| {
+        let data = &data;
+        async move {
+            let (group, columns) = futures::try_join!(data.row_group(key), data.columns(key))?;
+            Ok::<_, Error>((key, group, columns))
+        }
+    }))
+    .await?;
+    let mut groups = HashMap::new();
+    let mut columns = HashMap::new();
+    for (key, group, file) in opened {
+        groups.insert(key, group);
+        columns.insert(key, file);
+    }
+    Ok(Fetched {
+        plan,
+        groups,
+        columns,
+    })
+}
+
+/// A batch that the decode threads fill.
+struct Assembly {
+    batch: Mutex<HostBatch>,
+    /// The failure of the sample that comes first in the batch.
+    failure: Mutex<Option<(usize, Error)>>,
+    left: AtomicUsize,
+    reply: SyncSender<Result<HostBatch>>,
+}
+
+impl Assembly {
+    fn finish_one(&self, slot: usize, outcome: Result<()>) {
+        if let Err(error) = outcome {
+            let mut failure = lock(&self.failure);
+            if failure.as_ref().is_none_or(|(first, _)| slot < *first) {
+                *failure = Some((slot, error));
+            }
+        }
+        if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
+            let result = match lock(&self.failure).take() {
+                Some((_, error)) => Err(error),
+                None => Ok(std::mem::take(&mut *lock(&self.batch))),
+            };
+            // Nobody waits any more when the loader is being dropped.
+            drop(self.reply.send(result));
+        }
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // After a panic in another sample's job the batch is never handed out.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn assemble(
+    data: &Arc<Data>,
+    fetched: Fetched,
+    augment: Option<Seed>,
+    pool: &DecodePool,
+) -> Pending {
+    let mut batch = data.empty_batch(&fetched.plan);
+    for (slot, (_, sample)) in fetched.plan.iter().enumerate() {
+        let columns = &fetched.columns[&(sample.dataset, sample.row_group)];
+        if let Err(error) = data.fill_low_dim(&mut batch, slot, *sample, columns) {
+            return failed(error);
+        }
+    }
+    let (reply, pending) = sync_channel(1);
+    let assembly = Arc::new(Assembly {
+        batch: Mutex::new(batch),
+        failure: Mutex::new(None),
+        left: AtomicUsize::new(fetched.plan.len()),
+        reply,
+    });
+    for (slot, (index, sample)) in fetched.plan.into_iter().enumerate() {
+        let group = Arc::clone(&fetched.groups[&(sample.dataset, sample.row_group)]);
+        let seed = augment.map(|seed| seed.index(index));
+        let (data, assembly) = (Arc::clone(data), Arc::clone(&assembly));
+        pool.run(Box::new(move || {
+            let outcome = data.decode_images(sample, &group, seed).map(|images| {
+                let mut batch = lock(&assembly.batch);
+                for (camera, image) in images.into_iter().enumerate() {
+                    if let Some(image) = image {
+                        batch.set_image(slot, camera, image.planes());
+                    }
+                }
+            });
+            assembly.finish_one(slot, outcome);
+        }));
+    }
+    pending
+}
