@@ -22,7 +22,7 @@ impl Default for StorageConfig {
     fn default() -> Self {
         Self {
             request_timeout: Duration::from_secs(10),
-            retry_for: Duration::from_secs(300),
+            retry_for: Duration::from_mins(5),
             max_concurrent_requests: 8,
         }
     }
