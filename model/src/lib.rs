@@ -1,1 +1,78 @@
-//! FLOWER: Florence-2 encoder and rectified-flow transformer in Burn, without a backend
+//! FLOWER: Florence-2's encoder and a rectified-flow transformer, in Burn and without a backend.
+//! The device decides where it runs and whether gradients are recorded.
+//!
+//! ```text
+//! images --VisionTower--> image tokens --+
+//! <Flow> prompt vector ------------------+--Encoder--> features --norm, linear--> Context
+//! text ids --token table-----------------+                                           |
+//! noisy chunk, flow time --FlowTransformer (cross-attention to the context)--> velocity
+//! noise --n Euler steps--> action chunk
+//! ```
+//!
+//! | module | job |
+//! |---|---|
+//! | `config` | sizes and switches: the `[model]` table of a recipe |
+//! | `parameters` | names, shapes and first values of all parameters |
+//! | `flower` | the model as its users see it |
+//! | `observation` | what it is given |
+//! | `flat` | parameters and gradients as flat, named tensors |
+//! | `names` | module paths to the names in published checkpoints |
+//! | `vision` | DaViT and the projection to tokens |
+//! | `language` | BART's encoder |
+//! | `fusion` | joins and encodes images, prompt vector and text |
+//! | `flow_transformer`, `flow_block` | conditioning, blocks, encoders and decoders per action space |
+//! | `rows` | groups a batch by action space |
+//! | `sinusoid`, `rope` | embeddings of time, frequency and position |
+//! | `rectified_flow`, `sampler` | noisy actions and loss; Euler denoising |
+//! | `layers`, `attention` | what the others are made of |
+//! | `weights`, `init` | where parameters come from while the model is built |
+//!
+//! ```
+//! use pollen_model::{CrossAttentionMask, TokenOrder};
+//! assert_ne!(TokenOrder::FlowImagesText, TokenOrder::ImagesFlowText);
+//! assert_eq!(CrossAttentionMask::Additive, CrossAttentionMask::Additive);
+//! ```
+
+#![allow(
+    non_snake_case,
+    reason = "tensor names carry their axes, as in `noisy_BHA`"
+)]
+
+mod attention;
+mod config;
+mod error;
+mod flat;
+mod flow_block;
+mod flow_transformer;
+mod flower;
+mod fusion;
+mod init;
+mod language;
+mod layers;
+mod names;
+mod observation;
+mod parameters;
+mod rectified_flow;
+mod rope;
+mod rows;
+mod sampler;
+mod sinusoid;
+mod vision;
+mod weights;
+
+#[cfg(test)]
+mod golden;
+#[cfg(test)]
+mod testing;
+
+pub use config::{
+    CrossAttentionMask, EncoderMask, FlowConfig, FlowerConfig, LanguageConfig, NormVariant,
+    TokenOrder, VisionConfig,
+};
+pub use error::Error;
+pub use flat::ParameterInfo;
+pub use flow_transformer::Context;
+pub use flower::Flower;
+pub use observation::{Observation, TrainMasks};
+pub use parameters::{ParameterSpec, ParameterTable};
+pub use rectified_flow::{noisy_actions, velocity_loss};

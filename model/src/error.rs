@@ -1,0 +1,23 @@
+//! What can go wrong while a model is described or built.
+
+use pollen_core::ErrorClass;
+
+/// Errors of this crate.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The configuration contradicts itself; every fault is listed.
+    #[error("the model configuration has {} fault(s): {}", faults.len(), faults.join("; "))]
+    InvalidConfig {
+        /// One sentence per fault, each naming the key to change.
+        faults: Vec<String>,
+    },
+}
+
+impl Error {
+    /// Returns what a caller can do about this error.
+    pub fn class(&self) -> ErrorClass {
+        match self {
+            Self::InvalidConfig { .. } => ErrorClass::User,
+        }
+    }
+}

@@ -1,0 +1,311 @@
+//! The flow transformer: context and a noisy action chunk in, a velocity out.
+//!
+//! Legend: B batch, T steps of the chunk, A padded action width, S context tokens, D width,
+//! P proprioception.
+
+use burn::module::{Module, Param};
+use burn::tensor::Tensor;
+use burn::tensor::activation::silu;
+use pollen_core::ActionSpace;
+
+use crate::attention::{causal, hide};
+use crate::config::{CrossAttentionMask, FlowConfig};
+use crate::flow_block::{FlowBlock, Shared};
+use crate::layers::{Linear, Mlp, RmsNorm, dropout, stateless_norm};
+use crate::rope::Rope;
+use crate::rows::RowGroups;
+use crate::sinusoid::SinusoidEmbedder;
+use crate::weights::Weights;
+
+/// What of an action space the model needs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct SpaceShape {
+    pub(crate) name: String,
+    pub(crate) dim: usize,
+    pub(crate) proprio_dim: usize,
+}
+
+impl From<&ActionSpace> for SpaceShape {
+    fn from(space: &ActionSpace) -> Self {
+        Self {
+            name: space.name.clone(),
+            dim: space.dim(),
+            proprio_dim: space.proprio_dim,
+        }
+    }
+}
+
+/// An observation after encoding: all that the sampler needs and that does not depend on flow
+/// time.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// `[B, S, D]`, after norm and projection.
+    pub(crate) tokens_BSD: Tensor<3>,
+    /// `[B, 1, 1, S]`, added to the cross-attention logits.
+    pub(crate) cross_bias: Option<Tensor<4>>,
+    /// `[B, D]`, the normalised embeddings of frequency and proprioception.
+    pub(crate) conditioning_BD: Tensor<2>,
+    pub(crate) groups: RowGroups,
+    pub(crate) spaces: Vec<usize>,
+}
+
+/// Features of an observation and what goes with them, before the projection.
+#[derive(Debug)]
+pub(crate) struct Features<'a> {
+    /// `[B, S, width of the encoder]`
+    pub(crate) features: Tensor<3>,
+    /// `[B, S]`, 0 where the encoder saw nothing of use.
+    pub(crate) mask_BS: Tensor<2>,
+    /// `[B]`
+    pub(crate) frequency_hz: Tensor<1>,
+    /// `[B, P]`
+    pub(crate) proprio_BP: Option<Tensor<2>>,
+    pub(crate) spaces: &'a [usize],
+    pub(crate) train: bool,
+}
+
+/// Present in published weights; its output is used nowhere.
+#[derive(Module, Debug)]
+pub(crate) struct ActionSpaceEmbedder {
+    pub(crate) action_embeddings: Param<Tensor<2>>,
+    pub(crate) first: Linear,
+    pub(crate) second: Linear,
+}
+
+#[cfg(test)]
+impl ActionSpaceEmbedder {
+    /// Embeds the action space of each sample, `[B, D]`.
+    pub(crate) fn forward(&self, spaces: &[usize]) -> Tensor<2> {
+        let rows = spaces
+            .iter()
+            .map(|&space| self.action_embeddings.val().narrow(0, space, 1))
+            .collect();
+        self.second
+            .forward(silu(self.first.forward(Tensor::cat(rows, 0))))
+    }
+}
+
+/// The flow transformer.
+#[derive(Module, Debug)]
+pub(crate) struct FlowTransformer {
+    pub(crate) dit: Vec<FlowBlock>,
+    pub(crate) t_embedder: SinusoidEmbedder,
+    pub(crate) frequency_embedder: SinusoidEmbedder,
+    pub(crate) action_space_embedder: ActionSpaceEmbedder,
+    pub(crate) cond_norm: RmsNorm,
+    pub(crate) cond_linear: Linear,
+    pub(crate) adaln: Vec<Linear>,
+    pub(crate) action_encoders: Vec<Mlp>,
+    pub(crate) action_decoders: Vec<Linear>,
+    pub(crate) proprio_encoders: Vec<Option<Mlp>>,
+    pub(crate) rope: Rope,
+    #[module(skip)]
+    pub(crate) spaces: Vec<SpaceShape>,
+    #[module(skip)]
+    pub(crate) cross_mask: CrossAttentionMask,
+    width: usize,
+    dropout_proprio: f64,
+}
+
+impl FlowTransformer {
+    pub(crate) fn new(
+        weights: &mut Weights,
+        config: &FlowConfig,
+        cross_mask: CrossAttentionMask,
+        spaces: &[ActionSpace],
+    ) -> Self {
+        let spaces: Vec<SpaceShape> = spaces.iter().map(SpaceShape::from).collect();
+        let dit = (0..config.layers)
+            .map(|layer| FlowBlock::new(weights, &format!("dit.{layer}."), config))
+            .collect();
+        let device = weights.device().clone();
+        let embeddings = "action_space_embedder.action_embeddings";
+        Self {
+            dit,
+            t_embedder: SinusoidEmbedder::new(weights, "t_embedder", 10_000.0, 1000.0),
+            frequency_embedder: SinusoidEmbedder::new(weights, "frequency_embedder", 1000.0, 1.0),
+            action_space_embedder: ActionSpaceEmbedder {
+                action_embeddings: weights.param(embeddings),
+                first: Linear::new(weights, "action_space_embedder.mlp.0"),
+                second: Linear::new(weights, "action_space_embedder.mlp.2"),
+            },
+            cond_norm: RmsNorm::new(weights, "cond_norm", config.norm),
+            cond_linear: Linear::new(weights, "cond_linear"),
+            adaln: per_space(&spaces, |s| {
+                Linear::new(weights, &format!("adaln.{s}.modCX.1"))
+            }),
+            action_encoders: per_space(&spaces, |s| {
+                Mlp::new(weights, &format!("action_encoders.{s}"))
+            }),
+            action_decoders: per_space(&spaces, |s| {
+                Linear::new(weights, &format!("action_decoders.{s}"))
+            }),
+            proprio_encoders: spaces
+                .iter()
+                .map(|space| {
+                    (space.proprio_dim > 0)
+                        .then(|| Mlp::new(weights, &format!("proprio_encoders.{}", space.name)))
+                })
+                .collect(),
+            rope: Rope::new(
+                config.rope_theta,
+                config.rope_table_len,
+                config.head_dim(),
+                &device,
+            ),
+            spaces,
+            cross_mask,
+            width: config.width,
+            dropout_proprio: config.dropout_proprio,
+        }
+    }
+
+    /// Returns the names of the action spaces, in order.
+    pub(crate) fn space_names(&self) -> Vec<&str> {
+        self.spaces
+            .iter()
+            .map(|space| space.name.as_str())
+            .collect()
+    }
+
+    /// Returns the width that actions of all spaces are padded to.
+    pub(crate) fn action_width(&self) -> usize {
+        self.spaces
+            .iter()
+            .map(|space| space.dim)
+            .max()
+            .expect("a model has at least one action space")
+    }
+
+    /// Projects the features and embeds what does not depend on flow time.
+    pub(crate) fn context(&self, inputs: Features) -> Context {
+        let groups = RowGroups::new(inputs.spaces, &inputs.features.device());
+        let cross_bias = match self.cross_mask {
+            CrossAttentionMask::None => None,
+            CrossAttentionMask::Boolean => Some(hide(inputs.mask_BS)),
+            CrossAttentionMask::Additive => {
+                let [batch, tokens] = inputs.mask_BS.dims();
+                Some(inputs.mask_BS.reshape([batch, 1, 1, tokens]))
+            }
+        };
+        let tokens_BSD = self
+            .cond_linear
+            .forward(self.cond_norm.forward(inputs.features));
+        let mut conditioning_BD =
+            stateless_norm(self.frequency_embedder.forward(inputs.frequency_hz));
+        if let Some(proprio_BP) = inputs.proprio_BP {
+            if groups.spaces().any(|s| self.proprio_encoders[s].is_some()) {
+                let embedded = self.proprio(&groups, proprio_BP, inputs.train);
+                conditioning_BD = conditioning_BD + stateless_norm(embedded);
+            }
+        }
+        Context {
+            tokens_BSD,
+            cross_bias,
+            conditioning_BD,
+            groups,
+            spaces: inputs.spaces.to_vec(),
+        }
+    }
+
+    /// Encodes proprioception; zero in the spaces that have no encoder.
+    ///
+    /// # Shapes
+    /// `[B, P] -> [B, D]`
+    pub(crate) fn proprio(
+        &self,
+        groups: &RowGroups,
+        proprio_BP: Tensor<2>,
+        train: bool,
+    ) -> Tensor<2> {
+        groups.map(proprio_BP, |space, rows| {
+            match &self.proprio_encoders[space] {
+                Some(encoder) => {
+                    let inputs = rows.narrow(1, 0, self.spaces[space].proprio_dim);
+                    let output = encoder.forward(inputs, self.dropout_proprio, train);
+                    dropout(output, self.dropout_proprio, train)
+                }
+                None => Tensor::zeros([rows.dims()[0], self.width], &rows.device()),
+            }
+        })
+    }
+
+    /// Returns the conditioning vector of time, frequency and proprioception, `[B, D]`.
+    pub(crate) fn conditioning(&self, context: &Context, t: Tensor<1>) -> Tensor<2> {
+        stateless_norm(self.t_embedder.forward(t)) + context.conditioning_BD.clone()
+    }
+
+    /// Returns the modulation of each sample's action space, `[B, D] -> [B, 9 D]`.
+    pub(crate) fn global_modulation(&self, groups: &RowGroups, cond_BD: Tensor<2>) -> Tensor<2> {
+        groups.map(silu(cond_BD), |space, rows| self.adaln[space].forward(rows))
+    }
+
+    /// Encodes a chunk, `[B, T, A] -> [B, T, D]`.
+    pub(crate) fn encode_actions(&self, groups: &RowGroups, z_BTA: Tensor<3>) -> Tensor<3> {
+        groups.map(z_BTA, |space, rows| {
+            let rows = rows.narrow(2, 0, self.spaces[space].dim);
+            self.action_encoders[space].forward(rows, 0.0, false)
+        })
+    }
+
+    /// Runs the blocks, `[B, T, D] -> [B, T, D]`.
+    pub(crate) fn blocks(
+        &self,
+        context: &Context,
+        tokens_BTD: Tensor<3>,
+        cond_BD: Tensor<2>,
+        train: bool,
+    ) -> Tensor<3> {
+        // Of the nine vectors that published weights produce, the blocks use six.
+        let global = self
+            .global_modulation(&context.groups, cond_BD.clone())
+            .narrow(1, 0, 6 * self.width);
+        let shared = Shared {
+            cond_BD: silu(cond_BD),
+            global: Some(global),
+            context_BSD: context.tokens_BSD.clone(),
+            cross_bias: context.cross_bias.clone(),
+            causal_bias: causal(tokens_BTD.dims()[1], &tokens_BTD.device()),
+            rope: &self.rope,
+            train,
+        };
+        self.dit
+            .iter()
+            .fold(tokens_BTD, |x_BTD, block| block.forward(x_BTD, &shared))
+    }
+
+    /// Decodes to actions, zero beyond each space, `[B, T, D] -> [B, T, A]`.
+    pub(crate) fn decode(&self, groups: &RowGroups, x_BTD: Tensor<3>) -> Tensor<3> {
+        let width = self.action_width();
+        groups.map(x_BTD, |space, rows| {
+            let actions = self.action_decoders[space].forward(rows);
+            let [batch, horizon, dim] = actions.dims();
+            if dim == width {
+                return actions;
+            }
+            let padding = Tensor::zeros([batch, horizon, width - dim], &actions.device());
+            Tensor::cat(vec![actions, padding], 2)
+        })
+    }
+
+    /// Returns the velocity at the noisy chunk `z` and flow time `t`.
+    ///
+    /// # Shapes
+    /// `z_BTA: [B, T, A]`, `t: [B]` -> `[B, T, A]`
+    pub(crate) fn velocity(
+        &self,
+        context: &Context,
+        z_BTA: Tensor<3>,
+        t: Tensor<1>,
+        train: bool,
+    ) -> Tensor<3> {
+        let cond_BD = self.conditioning(context, t);
+        let tokens_BTD = self.encode_actions(&context.groups, z_BTA);
+        let x_BTD = self.blocks(context, tokens_BTD, cond_BD, train);
+        self.decode(&context.groups, x_BTD)
+    }
+}
+
+fn per_space<M>(spaces: &[SpaceShape], mut build: impl FnMut(&str) -> M) -> Vec<M> {
+    spaces.iter().map(|space| build(&space.name)).collect()
+}

@@ -1,0 +1,196 @@
+//! The image tower (DaViT) and its projection to tokens.
+//!
+//! Legend: B images, H x W cells, C channels, N = H * W, D width of the text encoder.
+
+mod attention;
+mod block;
+
+use burn::module::{Module, Param};
+use burn::tensor::module::linear;
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::config::{VisionConfig, patch_geometry};
+use crate::layers::{Conv2d, Embedding, LayerNorm};
+use crate::weights::Weights;
+use block::{ChannelBlock, SpatialBlock};
+
+/// Patch convolution of a stage with its norm: before it, but after it in the first stage.
+#[derive(Module, Debug)]
+pub(crate) struct PatchEmbedding {
+    proj: Conv2d,
+    norm: LayerNorm,
+    norm_first: bool,
+}
+
+impl PatchEmbedding {
+    fn new(weights: &mut Weights, path: &str, stage: usize) -> Self {
+        let (_, stride, padding) = patch_geometry(stage);
+        Self {
+            proj: Conv2d::new(weights, &format!("{path}.proj"), stride, padding),
+            norm: LayerNorm::new(weights, &format!("{path}.norm")),
+            norm_first: stage > 0,
+        }
+    }
+
+    /// # Shapes
+    /// `[B, H, W, C] -> [B, H', W', C']`
+    pub(crate) fn forward(&self, x_BHWC: Tensor<4>) -> Tensor<4> {
+        if self.norm_first {
+            self.proj.forward(self.norm.forward(x_BHWC))
+        } else {
+            self.norm.forward(self.proj.forward(x_BHWC))
+        }
+    }
+}
+
+/// A spatial block followed by a channel block.
+#[derive(Module, Debug)]
+pub(crate) struct BlockPair {
+    pub(crate) spatial_block: SpatialBlock,
+    pub(crate) channel_block: ChannelBlock,
+}
+
+/// The four stages of the tower.
+#[derive(Module, Debug)]
+pub(crate) struct VisionTower {
+    pub(crate) convs: Vec<PatchEmbedding>,
+    pub(crate) blocks: Vec<Vec<BlockPair>>,
+}
+
+/// Which residual branches of a sample survive stochastic depth, already divided by the
+/// probability to survive; `[B, 2 * blocks]`.
+#[derive(Clone, Debug)]
+pub(crate) struct DepthKeep(pub(crate) Tensor<2>);
+
+/// The two columns of one block.
+#[derive(Clone, Debug)]
+pub(crate) struct BranchKeep {
+    keep: Option<(Tensor<2>, usize)>,
+}
+
+impl BranchKeep {
+    /// Every branch stays.
+    #[cfg(test)]
+    pub(crate) const ALL: Self = Self { keep: None };
+
+    /// Scales the attention branch (0) or the feed-forward branch (1).
+    fn apply(&self, branch: usize, x_BHWC: Tensor<4>) -> Tensor<4> {
+        match &self.keep {
+            None => x_BHWC,
+            Some((keep, block)) => {
+                let column = keep.clone().narrow(1, 2 * block + branch, 1);
+                x_BHWC * column.unsqueeze_dims::<4>(&[2, 3])
+            }
+        }
+    }
+}
+
+impl VisionTower {
+    pub(crate) fn new(weights: &mut Weights, config: &VisionConfig) -> Self {
+        let tower = "vlm.vision_tower";
+        let stages = 0..config.dims.len();
+        Self {
+            convs: stages
+                .clone()
+                .map(|s| PatchEmbedding::new(weights, &format!("{tower}.convs.{s}"), s))
+                .collect(),
+            blocks: stages
+                .map(|s| {
+                    (0..config.depths[s])
+                        .map(|pair| {
+                            let path = format!("{tower}.blocks.{s}.{pair}");
+                            BlockPair {
+                                spatial_block: SpatialBlock::new(weights, &path, config, s),
+                                channel_block: ChannelBlock::new(weights, &path, config, s),
+                            }
+                        })
+                        .collect()
+                })
+                .collect(),
+        }
+    }
+
+    /// # Shapes
+    /// `[B, 3, S, S] -> [B, H, W, C]`
+    pub(crate) fn forward(&self, images: Tensor<4>, keep: Option<&DepthKeep>) -> Tensor<4> {
+        let mut x_BHWC = images.permute([0, 2, 3, 1]);
+        let mut block = 0;
+        let mut next_keep = || {
+            block += 1;
+            BranchKeep {
+                keep: keep.map(|keep| (keep.0.clone(), block - 1)),
+            }
+        };
+        for (conv, pairs) in self.convs.iter().zip(&self.blocks) {
+            x_BHWC = conv.forward(x_BHWC);
+            for pair in pairs {
+                x_BHWC = pair.spatial_block.forward(x_BHWC, &next_keep());
+                x_BHWC = pair.channel_block.forward(x_BHWC, &next_keep());
+            }
+        }
+        x_BHWC
+    }
+}
+
+/// Learned positions of rows and columns.
+#[derive(Module, Debug)]
+pub(crate) struct ImagePositions {
+    row_embeddings: Embedding,
+    column_embeddings: Embedding,
+}
+
+/// Projects a feature map to tokens: positions, the mean and all cells, a linear map, a norm.
+#[derive(Module, Debug)]
+pub(crate) struct ImageProjection {
+    image_projection: Param<Tensor<2>>,
+    image_proj_norm: LayerNorm,
+    image_pos_embed: ImagePositions,
+}
+
+impl ImageProjection {
+    pub(crate) fn new(weights: &mut Weights) -> Self {
+        let positions = "vlm.image_pos_embed";
+        Self {
+            image_projection: weights.param("vlm.image_projection"),
+            image_proj_norm: LayerNorm::new(weights, "vlm.image_proj_norm"),
+            image_pos_embed: ImagePositions {
+                row_embeddings: Embedding::new(weights, &format!("{positions}.row_embeddings")),
+                column_embeddings: Embedding::new(
+                    weights,
+                    &format!("{positions}.column_embeddings"),
+                ),
+            },
+        }
+    }
+
+    /// # Shapes
+    /// `[B, H, W, C] -> [B, 1 + H * W, D]`
+    pub(crate) fn forward(&self, x_BHWC: Tensor<4>) -> Tensor<3> {
+        let [batch, height, width, channels] = x_BHWC.dims();
+        let half = channels / 2;
+        let columns = self.image_pos_embed.column_embeddings.rows(0, width);
+        let rows = self.image_pos_embed.row_embeddings.rows(0, height);
+        let positions_HWC = Tensor::cat(
+            vec![
+                columns.unsqueeze_dim::<3>(0).expand([height, width, half]),
+                rows.unsqueeze_dim::<3>(1).expand([height, width, half]),
+            ],
+            2,
+        );
+        let x_BHWC = x_BHWC + positions_HWC.unsqueeze() + frame_position(channels, &self.device());
+        let cells_BNC = x_BHWC.reshape([batch, height * width, channels]);
+        let tokens = Tensor::cat(vec![cells_BNC.clone().mean_dim(1), cells_BNC], 1);
+        let projected = linear(tokens, self.image_projection.val(), None);
+        self.image_proj_norm.forward(projected)
+    }
+
+    fn device(&self) -> Device {
+        self.image_projection.val().device()
+    }
+}
+
+/// Row 0 of the table of frame positions: sines (0) and cosines (1) in turn, `[1, 1, 1, C]`.
+pub(crate) fn frame_position(channels: usize, device: &Device) -> Tensor<4> {
+    let row: Vec<f32> = (0..channels).map(|c| (c % 2) as f32).collect();
+    Tensor::from_data(TensorData::new(row, [1, 1, 1, channels]), device)
+}
