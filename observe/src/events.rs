@@ -147,6 +147,14 @@ pub enum Event {
         /// Hash of the gradient after it.
         reduced_hash: String,
     },
+    /// The samples that all loaders together delivered in one step, gathered over the ranks: each
+    /// sample of the global batch once.
+    SampleAudit {
+        /// The step.
+        step: u64,
+        /// Indices in the sample order, sorted.
+        samples: Vec<u64>,
+    },
     /// The run or this process ends.
     End {
         /// Exit code.
@@ -174,6 +182,7 @@ impl Event {
             Self::StoreRetry { .. } => "store_retry",
             Self::StoreRecovered { .. } => "store_recovered",
             Self::GradientExchange { .. } => "gradient_exchange",
+            Self::SampleAudit { .. } => "sample_audit",
             Self::End { .. } => "end",
         }
     }

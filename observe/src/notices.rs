@@ -9,9 +9,11 @@ pub(crate) fn notice(record: &Record) -> Option<String> {
         .rank
         .map_or_else(|| "launcher".into(), |rank| format!("rank {rank}"));
     let text = match &record.event {
-        Event::Plan(_) | Event::Step(_) | Event::Budget { .. } | Event::GradientExchange { .. } => {
-            return None;
-        }
+        Event::Plan(_)
+        | Event::Step(_)
+        | Event::Budget { .. }
+        | Event::GradientExchange { .. }
+        | Event::SampleAudit { .. } => return None,
         Event::Start(start) => {
             if record.rank.is_some_and(|rank| rank != 0) {
                 return None;
