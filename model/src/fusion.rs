@@ -44,11 +44,12 @@ impl JointEncoder {
     pub(crate) fn image_tokens(&self, images: Tensor<5>, masks: Option<&TrainMasks>) -> Tensor<3> {
         let [batch, cameras, channels, height, width] = images.dims();
         let images = images.reshape([batch * cameras, channels, height, width]);
+        let columns = 2 * self.vision_tower.num_blocks();
         let keep = masks
             .and_then(|masks| masks.depth_keep.clone())
             .map(|keep| {
-                let columns = keep.dims()[1] / cameras;
-                DepthKeep(keep.reshape([batch * cameras, columns]))
+                let present = keep.narrow(1, 0, cameras * columns);
+                DepthKeep(present.reshape([batch * cameras, columns]))
             });
         let map_BHWC = self.vision_tower.forward(images, keep.as_ref());
         let tokens = self.projection.forward(map_BHWC);

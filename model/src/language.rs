@@ -11,6 +11,9 @@ use crate::layers::{Embedding, LayerNorm, Linear, Mlp, dropout};
 use crate::parameters::ENCODER;
 use crate::weights::Weights;
 
+/// Id of the padding token.
+const PADDING_ID: i64 = 1;
+
 /// Attention of every token to every other.
 #[derive(Module, Debug)]
 pub(crate) struct EncoderAttention {
@@ -149,8 +152,11 @@ impl TextEncoder {
         }
     }
 
-    /// Looks up text tokens, `[B, T] -> [B, T, D]`.
+    /// Looks up text tokens, `[B, T] -> [B, T, D]`. The row of the padding token gets no gradient.
     pub(crate) fn token_embeddings(&self, ids_BT: Tensor<2, Int>) -> Tensor<3> {
-        self.shared.forward(ids_BT)
+        let padding = ids_BT.clone().equal_elem(PADDING_ID).unsqueeze_dim::<3>(2);
+        let rows_BTD = self.shared.forward(ids_BT);
+        let padding = padding.expand(rows_BTD.dims());
+        rows_BTD.clone().mask_where(padding, rows_BTD.detach())
     }
 }

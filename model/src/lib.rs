@@ -28,9 +28,17 @@
 //! | `weights`, `init` | where parameters come from while the model is built |
 //!
 //! ```
-//! use pollen_model::{CrossAttentionMask, TokenOrder};
-//! assert_ne!(TokenOrder::FlowImagesText, TokenOrder::ImagesFlowText);
-//! assert_eq!(CrossAttentionMask::Additive, CrossAttentionMask::Additive);
+//! use burn::tensor::{Device, Tensor};
+//! use pollen_model::{noisy_actions, velocity_loss};
+//! let device = Device::flex();
+//! let actions = Tensor::<3>::from_floats([[[0.5, -0.5]]], &device);
+//! let noise = Tensor::<3>::from_floats([[[1.5, 0.5]]], &device);
+//! let t = Tensor::<1>::from_floats([0.25], &device);
+//! let noisy = noisy_actions(actions.clone(), noise.clone(), t);
+//! assert_eq!(noisy.into_data().try_to_vec::<f32>().unwrap(), [0.75, -0.25]);
+//! let velocity = noise.clone() - actions.clone();
+//! let valid = actions.ones_like();
+//! assert_eq!(velocity_loss(velocity, noise, actions, valid).into_scalar::<f32>(), 0.0);
 //! ```
 
 #![allow(

@@ -1,4 +1,5 @@
-//! Runs of the published code that this crate must reproduce; see `tests/golden/README.md`.
+//! Small runs of the published code that this crate must reproduce, from `tests/golden` or the
+//! folder that `POLLEN_GOLDEN_DIR` names. All sizes and bounds come from the files.
 
 mod encoder;
 mod flow;

@@ -110,6 +110,11 @@ impl VisionTower {
         }
     }
 
+    /// Returns the number of blocks, spatial and channel ones.
+    pub(crate) fn num_blocks(&self) -> usize {
+        2 * self.blocks.iter().map(Vec::len).sum::<usize>()
+    }
+
     /// # Shapes
     /// `[B, 3, S, S] -> [B, H, W, C]`
     pub(crate) fn forward(&self, images: Tensor<4>, keep: Option<&DepthKeep>) -> Tensor<4> {
