@@ -10,7 +10,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("model", &["core"]),
     ("collectives", &["core"]),
     ("observe", &["core"]),
-    ("convert", &["core", "storage"]),
+    ("convert", &["core", "processing", "storage"]),
     ("checkpoints", &["core", "storage"]),
     ("dataloader", &["core", "processing", "storage"]),
     (

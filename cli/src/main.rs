@@ -1,1 +1,33 @@
-fn main() {}
+//! The `pollen` command: thin glue over the library crates.
+
+mod args;
+mod commands;
+mod exit;
+mod recipe;
+mod stage;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::args::{Cli, Command};
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("POLLEN_LOG")
+                .unwrap_or_else(|_| "warn".into()),
+        )
+        .with_target(false)
+        .init();
+    let result = match Cli::parse().command {
+        Command::Launch(args) => commands::launch::run(&args),
+        Command::Plan(args) => commands::plan::run(&args),
+        Command::Worker(args) => commands::worker::run(args),
+        Command::Config(args) => commands::config::run(&args),
+        Command::Data(args) => commands::data::run(&args),
+        Command::Model(args) => commands::model::run(&args),
+    };
+    exit::report(result)
+}

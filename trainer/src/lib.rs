@@ -1,1 +1,57 @@
-//! Recipe to training run: the step, the optimizer, resume
+//! From a recipe to a training run: the step, the optimizer, saving and resuming.
+//!
+//! ```text
+//! Loader --HostBatch--> BatchBuilder --FlowBatch--> Flower --loss--> Gradients --all-reduce-->
+//!   clip --> AdamW --> Flower      and every N steps: Recovery --> checkpoints
+//! ```
+//!
+//! | module | job |
+//! |---|---|
+//! | [`run`] | a worker from its arguments to its exit code |
+//! | [`training_loop`] | the loop: log, save, stop |
+//! | [`step`] | one optimizer step, the whole of it |
+//! | [`batch`] | host batch to tensors, with noise and flow time |
+//! | [`randomness`] | randomness that belongs to the sample |
+//! | [`data_parallel`] | flat gradients, summed over ranks |
+//! | [`layout`] | where each parameter lies in the flat state |
+//! | [`optim`], [`clip`], [`schedule`] | AdamW, the global norm, learning rates and EMA decay |
+//! | [`recovery`] | saving and restoring with all ranks |
+//! | [`eval`] | error of sampled actions on held-out episodes |
+//! | [`config`] | the recipe, checked as a whole |
+//! | [`signals`], [`phases`] | stop flags; the phases of a step |
+//!
+//! ```
+//! use pollen_trainer::schedule::Schedule;
+//! let schedule = Schedule::InverseSqrt { warmup: 1000, timescale: 400_000 };
+//! assert_eq!(schedule.learning_rate(1e-4, 500), 0.5e-4);
+//! ```
+
+#![forbid(unsafe_code)]
+
+pub mod batch;
+pub mod clip;
+pub mod config;
+mod contract;
+pub mod data_parallel;
+pub mod error;
+pub mod eval;
+mod faults;
+#[cfg(test)]
+mod golden;
+pub mod layout;
+pub mod optim;
+pub mod phases;
+pub mod randomness;
+pub mod recovery;
+pub mod run;
+pub mod schedule;
+pub mod signals;
+pub mod step;
+pub mod training_loop;
+mod weights;
+
+pub use config::RunConfig;
+pub use error::Error;
+pub use run::{WorkerArgs, run_worker};
+pub use signals::StopFlags;
+pub use training_loop::Outcome;

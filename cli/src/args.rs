@@ -1,0 +1,94 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+
+/// Trains FLOWER, a vision-language-action flow policy, on robot episodes in object storage.
+///
+/// A run is a recipe: `pollen launch demo` starts recipes/demo.toml, or continues its newest
+/// unfinished run. Exit codes: 0 done, 1 restarts exhausted, 2 bad recipe or command line,
+/// 70 internal error, 75 infrastructure fault, 85 preempted and saved, 93 do not requeue,
+/// 130 interrupted and saved.
+#[derive(Debug, Parser)]
+#[command(name = "pollen", version, max_term_width = 100)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Starts a recipe's workers and supervises them, or continues its newest unfinished run
+    Launch(LaunchArgs),
+    /// Prints what a recipe would do and cost, without starting it
+    Plan(RecipeArgs),
+    /// Runs one worker; `launch`, srun, mpirun or torchrun start it with RANK, WORLD_SIZE,
+    /// MASTER_ADDR and MASTER_PORT in the environment
+    Worker(WorkerArgs),
+    /// Shows the resolved configuration
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Works on datasets
+    #[command(subcommand)]
+    Data(DataCommand),
+    /// Describes a recipe's model
+    #[command(subcommand)]
+    Model(ModelCommand),
+}
+
+/// A recipe and what is changed in it.
+#[derive(Debug, Args)]
+pub(crate) struct RecipeArgs {
+    /// Name of a file in recipes/, or a path
+    pub(crate) recipe: String,
+    /// Overrides one key, for example --set train.steps=900; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LaunchArgs {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+    /// Folder of all runs
+    #[arg(long, default_value = "runs", value_name = "DIR")]
+    pub(crate) runs: PathBuf,
+    /// Prints the plan and stops
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct WorkerArgs {
+    /// Resolved recipe, as the launcher wrote it into the run's folder
+    #[arg(long, value_name = "FILE")]
+    pub(crate) config: PathBuf,
+    /// The run's folder, where events are appended
+    #[arg(long, value_name = "DIR")]
+    pub(crate) run_dir: PathBuf,
+    /// Object-store folder of the run, where checkpoints go
+    #[arg(long, value_name = "URL")]
+    pub(crate) run_url: String,
+    /// Continues although the data changed since the checkpoint
+    #[arg(long)]
+    pub(crate) accept_new_data: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// Prints every value of a recipe with the file, variable or flag it came from
+    Explain(RecipeArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DataCommand {
+    /// Computes a dataset's index and statistics (meta/pollen.json) where they are missing
+    Index(RecipeArgs),
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ModelCommand {
+    /// Prints the parameters of a recipe's model by module
+    Describe(RecipeArgs),
+}

@@ -1,0 +1,8 @@
+//! One module per command.
+
+pub(crate) mod config;
+pub(crate) mod data;
+pub(crate) mod launch;
+pub(crate) mod model;
+pub(crate) mod plan;
+pub(crate) mod worker;

@@ -1,0 +1,147 @@
+//! Two workers over Gloo and an S3 server.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod lab;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lab::{Finished, Lab, NO_DROPOUT, is_alive, list, wait_for, wait_for_mark};
+use pollen_observe::Event;
+
+const STEPS: u64 = 8;
+
+/// The workers exchanged gradients: own ones differ, the sum is the same.
+#[track_caller]
+fn assert_exchanged(run: &Finished, workers: usize) {
+    let mut own = BTreeSet::new();
+    let mut reduced = BTreeSet::new();
+    for record in run.events().into_iter().filter(|record| record.generation == 1) {
+        if let Event::GradientExchange { own_hash, reduced_hash, .. } = record.event {
+            own.insert(own_hash);
+            reduced.insert(reduced_hash);
+        }
+    }
+    assert_eq!((own.len(), reduced.len()), (workers, 1), "{own:?} {reduced:?}");
+    assert!(own.is_disjoint(&reduced));
+}
+
+/// Sample ids by step, as gathered from the real loaders.
+fn audits(run: &Finished) -> BTreeMap<u64, Vec<u64>> {
+    let mut audits = BTreeMap::new();
+    for record in run.events() {
+        if let Event::SampleAudit { step, samples } = record.event {
+            audits.insert(step, samples);
+        }
+    }
+    audits
+}
+
+#[test]
+fn any_killed_process_is_survived_with_the_same_bits() {
+    let lab = Lab::s3();
+    let calm = lab.launch("calm", 2).run().expect(0);
+    assert_exchanged(&calm, 2);
+    let want = calm.state_hashes(&lab, STEPS);
+    for (rank, place) in [(1, "all_reduce"), (0, "backward"), (0, "before MANIFEST")] {
+        let name = format!("killed-{rank}-{}", place.replace(' ', "-"));
+        let step = if place.starts_with("before") { 4 } else { 5 };
+        let fault = format!("kill@generation=1,rank={rank},step={step},place={place}");
+        let killed = lab.launch(&name, 2).fault(&fault).run().expect(0);
+        let restores = killed.restores();
+        assert_eq!(restores, [if step == 5 { 4 } else { 2 }], "rank {rank} in {place}");
+        assert_eq!(killed.state_hashes(&lab, STEPS), want, "rank {rank} in {place}");
+    }
+    // All processes at once: the launcher is killed, its workers die with it.
+    let mark = lab.path("mark");
+    let fault = format!("freeze@generation=1,rank=1,step=5,place=forward,mark={}", mark.display());
+    let running = lab.launch("all", 2).fault(&fault).spawn();
+    let worker = wait_for_mark(&mark);
+    running.signal("KILL");
+    drop(running);
+    wait_for("the worker to die", || (!is_alive(worker)).then_some(()));
+    let resumed = lab.launch("all", 2).run().expect(0);
+    assert_eq!(resumed.restores(), [4]);
+    assert_eq!(resumed.state_hashes(&lab, STEPS), want);
+}
+
+#[test]
+fn two_workers_become_one_with_the_same_samples_and_losses() {
+    let lab = Lab::s3();
+    let run = |name: &str, workers: u32, steps: &str| {
+        lab.launch(name, workers).set(NO_DROPOUT).set(&[steps]).run().expect(0)
+    };
+    let calm = run("calm", 2, "train.steps=24");
+    run("changed", 2, "train.steps=4");
+    let changed = run("changed", 1, "train.steps=24");
+    assert_eq!(changed.restores(), [4]);
+    let (want, got) = (audits(&calm), audits(&changed));
+    assert_eq!(want.len(), 24);
+    assert_eq!(got, want, "the loaders delivered the same samples");
+    let want = calm.losses();
+    for (step, loss) in changed.losses() {
+        let difference = (loss - want[&step]).abs() / want[&step];
+        assert!(difference < 1e-4, "step {step}: {loss} {} ({difference:e})", want[&step]);
+    }
+}
+
+#[test]
+fn a_run_whose_launcher_died_publishes_nothing() {
+    let lab = Lab::s3();
+    let want = lab.launch("calm", 2).run().expect(0).state_hashes(&lab, STEPS);
+
+    // Generation 1 keeps its store and outlives its launcher; rank 1 stands still in step 3.
+    let store = pollen_collectives::StoreServer::bind("127.0.0.1:0").unwrap();
+    let address = format!("launch.store={}", store.address());
+    let orphans = ["launch.die_with_launcher=false", address.as_str()];
+    let (frozen, other, held, free) =
+        (lab.path("frozen"), lab.path("other"), lab.path("held"), lab.path("free"));
+    let first = format!(
+        "freeze@generation=1,rank=1,step=3,place=forward,mark={};\
+         mark@generation=1,rank=0,step=3,place=forward,mark={}",
+        frozen.display(),
+        other.display()
+    );
+    let running = lab.launch("orphaned", 2).set(&orphans).fault(&first).spawn();
+    let workers = [wait_for_mark(&frozen), wait_for_mark(&other)];
+    running.signal("KILL");
+    drop(running);
+    assert!(workers.iter().all(|&pid| is_alive(pid)), "the workers live on");
+
+    // Generation 2 claims the run, restores step 2 and waits before the next checkpoint.
+    let second = format!(
+        "hold@generation=2,rank=0,step=3,place=forward,mark={},until={}",
+        held.display(),
+        free.display()
+    );
+    let running = lab.launch("orphaned", 2).fault(&second).spawn();
+    wait_for_mark(&held);
+    // The orphans go on and reach the checkpoint of step 4 first.
+    lab::signal(workers[0], "CONT");
+    for worker in workers {
+        wait_for("the orphans to end", || (!is_alive(worker)).then_some(()));
+    }
+    std::fs::write(&free, "").unwrap();
+    let finished = running.wait().expect(0);
+    assert_eq!(finished.restores(), [2]);
+    assert_eq!(finished.state_hashes(&lab, STEPS), want);
+
+    let checkpoints: Vec<u64> = finished
+        .events()
+        .into_iter()
+        .filter(|record| matches!(record.event, Event::Checkpoint { step, .. } if step > 2))
+        .map(|record| record.generation)
+        .collect();
+    assert!(checkpoints.iter().all(|&generation| generation == 2), "{checkpoints:?}");
+    let fenced = finished.events().into_iter().any(|record| {
+        record.generation == 1
+            && matches!(&record.event, Event::End { reason, .. } if reason.contains("generation 2"))
+    });
+    assert!(fenced, "generation 1 says that it was fenced");
+    let url = format!("s3://pollen-test/runs-orphaned/demo/{}/checkpoints", finished.run_id());
+    let objects = list(&lab, &url);
+    assert!(
+        objects.iter().any(|path| path.starts_with("step-00000004/g1/")),
+        "the orphans did write: {objects:?}"
+    );
+}

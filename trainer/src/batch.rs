@@ -1,0 +1,146 @@
+//! From a host batch to the tensors of one forward pass.
+//!
+//! Shapes: B samples, N cameras, S image side, T text tokens, H action horizon, A action width,
+//! C context length, D context width.
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use pollen_core::ActionSpace;
+use pollen_dataloader::HostBatch;
+use pollen_model::{Flower, Observation, TrainMasks, noisy_actions};
+use pollen_processing::{PIXEL_MEAN, PIXEL_STD};
+
+use crate::randomness::Randomness;
+
+/// The inputs and targets of one velocity prediction.
+#[derive(Debug)]
+pub struct FlowBatch {
+    /// What the policy sees.
+    pub observation: Observation,
+    /// Clean action chunks, [B, H, A].
+    pub actions: Tensor<3>,
+    /// Standard normal noise, zero beyond each sample's action space, [B, H, A].
+    pub noise: Tensor<3>,
+    /// Flow time, [B]; 1 is pure noise.
+    pub time: Tensor<1>,
+    /// 1 where an entry counts in the loss, [B, H, A].
+    pub valid: Tensor<3>,
+    /// Stochastic depth and token dropout of each sample.
+    pub masks: TrainMasks,
+}
+
+impl FlowBatch {
+    /// Returns the point z_t between actions and noise, [B, H, A].
+    pub fn noisy(&self) -> Tensor<3> {
+        noisy_actions(self.actions.clone(), self.noise.clone(), self.time.clone())
+    }
+}
+
+/// Copies host batches to a device and adds their randomness.
+#[derive(Debug)]
+pub struct BatchBuilder {
+    /// Where tensors go.
+    pub device: Device,
+    /// The run's randomness.
+    pub randomness: Randomness,
+    /// Samples of one step over all ranks.
+    pub global_batch: u64,
+    /// Action spaces by index.
+    pub spaces: Vec<ActionSpace>,
+}
+
+impl BatchBuilder {
+    /// Returns a builder of the same inputs outside the gradient tape.
+    pub fn without_autodiff(&self) -> Self {
+        Self { device: self.device.clone().inner(), spaces: self.spaces.clone(), ..*self }
+    }
+
+    /// Returns the observation of a host batch.
+    pub fn observation(&self, batch: &HostBatch) -> Observation {
+        let d = &batch.dims;
+        let (b, n, s) = (d.batch, d.cameras, d.image_size);
+        let device = &self.device;
+        let pixels = TensorData::new(batch.images.clone(), [b * n, 3, s, s]);
+        let pixels = Tensor::<4, Int>::from_data(pixels, (device, DType::U8)).float();
+        let constant = |values: [f32; 3]| {
+            Tensor::<1>::from_floats(values, device).reshape([1, 3, 1, 1])
+        };
+        let images = (pixels / 255.0 - constant(PIXEL_MEAN)) / constant(PIXEL_STD);
+        let floats = |values: &[f32], shape: [usize; 2]| {
+            Tensor::<2>::from_data(TensorData::new(values.to_vec(), shape), device)
+        };
+        let present: Vec<f32> =
+            batch.camera_present.iter().map(|&p| f32::from(u8::from(p))).collect();
+        let text_mask: Vec<f32> = batch.text_mask.iter().map(|&m| f32::from(m)).collect();
+        let ids = TensorData::new(batch.input_ids.clone(), [b, d.text_length]);
+        Observation {
+            images: images.reshape([b, n, 3, s, s]),
+            camera_present: present.contains(&0.0).then(|| floats(&present, [b, n])),
+            input_ids: Tensor::<2, Int>::from_data(ids, device),
+            text_mask: floats(&text_mask, [b, d.text_length]),
+            frequency_hz: Tensor::<1>::from_floats(batch.frequency_hz.as_slice(), device),
+            proprio: (d.proprio_width > 0).then(|| floats(&batch.proprio, [b, d.proprio_width])),
+            spaces: batch.spaces.iter().map(|&space| space as usize).collect(),
+        }
+    }
+
+    /// Returns the start noise of the sampler for a host batch, [B, H, A].
+    pub fn sampling_noise(&self, batch: &HostBatch, randomness: &Randomness) -> Tensor<3> {
+        let (h, a) = (batch.dims.action_horizon, batch.dims.action_width);
+        let mut noise = vec![0.0; batch.dims.batch * h * a];
+        for (i, out) in noise.chunks_exact_mut(h * a).enumerate() {
+            let dim = self.spaces[batch.spaces[i] as usize].dim();
+            randomness.noise(batch.sample_indices[i], a, dim, out);
+        }
+        self.chunks(noise, batch)
+    }
+
+    fn chunks(&self, values: Vec<f32>, batch: &HostBatch) -> Tensor<3> {
+        let d = &batch.dims;
+        let shape = [d.batch, d.action_horizon, d.action_width];
+        Tensor::from_data(TensorData::new(values, shape), &self.device)
+    }
+
+    /// Returns everything that one training forward needs.
+    pub fn flow(&self, batch: &HostBatch, step: u64, model: &Flower) -> FlowBatch {
+        let time: Vec<f32> = batch
+            .sample_indices
+            .iter()
+            .map(|&sample| {
+                let j = sample % self.global_batch;
+                self.randomness.flow_time(step, j, self.global_batch)
+            })
+            .collect();
+        let valid: Vec<f32> = batch.valid.iter().map(|&v| f32::from(v)).collect();
+        FlowBatch {
+            observation: self.observation(batch),
+            actions: self.chunks(batch.actions.clone(), batch),
+            noise: self.sampling_noise(batch, &self.randomness),
+            time: Tensor::<1>::from_floats(time.as_slice(), &self.device),
+            valid: self.chunks(valid, batch),
+            masks: self.masks(batch, model),
+        }
+    }
+
+    fn masks(&self, batch: &HostBatch, model: &Flower) -> TrainMasks {
+        let b = batch.dims.batch;
+        let config = model.config();
+        let rates = config.depth_drop_rates();
+        let depth_keep = rates.iter().any(|&rate| rate > 0.0).then(|| {
+            let mut keep = vec![0.0; b * rates.len()];
+            for (i, out) in keep.chunks_exact_mut(rates.len()).enumerate() {
+                self.randomness.depth_keep(batch.sample_indices[i], &rates, out);
+            }
+            Tensor::from_data(TensorData::new(keep, [b, rates.len()]), &self.device)
+        });
+        let rate = config.token_dropout;
+        let token_keep = (rate > 0.0).then(|| {
+            let (c, d) = (config.context_len(batch.dims.text_length), config.language.width);
+            let mut keep = vec![0.0; b * c * d];
+            for (i, out) in keep.chunks_exact_mut(c * d).enumerate() {
+                self.randomness.token_keep(batch.sample_indices[i], rate, out);
+            }
+            Tensor::from_data(TensorData::new(keep, [b, c, d]), &self.device)
+        });
+        TrainMasks { depth_keep, token_keep }
+    }
+}

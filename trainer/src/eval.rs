@@ -1,0 +1,91 @@
+//! Error of sampled actions on held-out episodes, against predicting the training mean.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use burn::module::Module;
+use pollen_dataloader::{HoldoutLoader, HostBatch, SampleRef};
+use pollen_observe::SpaceError;
+
+use crate::data_parallel::sum_f64;
+use crate::error::Error;
+use crate::optim::host as host_values;
+use crate::phases::Phase;
+use crate::step::Trainer;
+
+/// Sums of one action space.
+#[derive(Clone, Debug, Default)]
+struct Sums {
+    entries: f64,
+    error: f64,
+    mean_error: f64,
+    chunks: f64,
+}
+
+impl Trainer {
+    /// Samples the chunk of every `eval.frame_stride`-th held-out frame and returns the mean
+    /// squared error in normalised units by action space; the ranks share the work.
+    ///
+    /// Entries count as they do in the training loss.
+    pub fn evaluate(&mut self) -> Result<BTreeMap<String, SpaceError>, Error> {
+        self.timer.enter(Phase::Eval);
+        let spaces = self.config.action_spaces.len();
+        let eval = self.config.eval.clone();
+        let (rank, world) = (self.communicator.rank(), self.communicator.world_size());
+        let mut sums = vec![Sums::default(); spaces];
+        let mut episodes: Vec<BTreeSet<(u32, u64)>> = vec![BTreeSet::new(); spaces];
+        let held_out = self.data.holdout(eval.frame_stride);
+        for (_, sample) in &held_out {
+            let space = self.data.datasets()[sample.dataset as usize].space_index();
+            episodes[space as usize].insert((sample.dataset, sample.episode));
+        }
+        let share = |&(index, _): &(u64, SampleRef)| index as u32 % world == rank;
+        let own = held_out.into_iter().filter(share).collect();
+        let batches = HoldoutLoader::start(Arc::clone(&self.data), own, eval.batch, &self.runtime);
+        let model = self.model.clone().valid();
+        let inputs = self.batches.without_autodiff();
+        for host in batches {
+            let host = host?;
+            let context = model.encode(&inputs.observation(&host), None);
+            let noise = inputs.sampling_noise(&host, &inputs.randomness.eval());
+            let sampled = model.sample(&context, noise, eval.denoising_steps);
+            let sampled = host_values(sampled.reshape([-1]));
+            self.add(&host, &sampled, &mut sums);
+        }
+        let flat = sums.iter().flat_map(|s| [s.entries, s.error, s.mean_error, s.chunks]).collect();
+        let flat = sum_f64(self.communicator.as_ref(), flat)?;
+        self.timer.close();
+        let rows = flat.as_chunks::<4>().0.iter().zip(&self.config.action_spaces).zip(episodes);
+        Ok(rows
+            .filter(|((row, _), _)| row[0] > 0.0)
+            .map(|((&[entries, error, mean_error, chunks], space), episodes)| {
+                let result = SpaceError {
+                    error: error / entries,
+                    mean_predictor_error: mean_error / entries,
+                    per_horizon: None,
+                    episodes: episodes.len() as u64,
+                    chunks: chunks as u64,
+                };
+                (space.name.clone(), result)
+            })
+            .collect())
+    }
+
+    fn add(&self, host: &HostBatch, sampled: &[f32], sums: &mut [Sums]) {
+        let chunk = host.dims.action_horizon * host.dims.action_width;
+        for (i, &space) in host.spaces.iter().enumerate() {
+            let own = i * chunk..(i + 1) * chunk;
+            let Some(mean) = &self.mean_chunks[space as usize] else { continue };
+            let sums = &mut sums[space as usize];
+            sums.chunks += 1.0;
+            let entries = host.actions[own.clone()].iter().zip(&sampled[own.clone()]).zip(mean);
+            for (((&target, &sampled), &mean), &valid) in entries.zip(&host.valid[own]) {
+                if valid == 1 {
+                    sums.entries += 1.0;
+                    sums.error += f64::from(sampled - target).powi(2);
+                    sums.mean_error += f64::from(mean - target).powi(2);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,110 @@
+//! Faults at a named (generation, rank, step, place), for tests only: feature `faults`.
+//!
+//! `POLLEN_FAULT="kill@rank=1,step=7,place=backward"` kills the process when it gets there. Kinds:
+//! `kill` (SIGKILL), `freeze` (SIGSTOP; go on with SIGCONT), `hold` (wait until the file
+//! `until=PATH` exists), `mark` (only write the file). Every fault first writes the file
+//! `mark=PATH`, if given, so that a test can wait for the place to be reached. Conditions that are
+//! left out match anything; several faults are separated by `;`. A place is a phase of the step or
+//! a stage of a checkpoint such as `before MANIFEST.json`.
+
+#[cfg(feature = "faults")]
+mod active {
+    use std::path::PathBuf;
+    use std::sync::OnceLock;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::time::Duration;
+
+    #[derive(Debug, Default)]
+    struct Fault {
+        kind: String,
+        generation: Option<u64>,
+        rank: Option<u32>,
+        step: Option<u64>,
+        place: Option<String>,
+        mark: Option<PathBuf>,
+        until: Option<PathBuf>,
+    }
+
+    fn parse(text: &str) -> Fault {
+        let (kind, conditions) = text.split_once('@').unwrap_or((text, ""));
+        let mut fault = Fault { kind: kind.trim().to_owned(), ..Fault::default() };
+        for (key, value) in conditions.split(',').filter_map(|pair| pair.split_once('=')) {
+            let number = || value.parse().unwrap_or_else(|_| panic!("POLLEN_FAULT: {key}={value}"));
+            match key.trim() {
+                "generation" => fault.generation = Some(number()),
+                "rank" => fault.rank = Some(number() as u32),
+                "step" => fault.step = Some(number()),
+                "place" => fault.place = Some(value.to_owned()),
+                "mark" => fault.mark = Some(value.into()),
+                "until" => fault.until = Some(value.into()),
+                other => panic!("POLLEN_FAULT: unknown condition `{other}`"),
+            }
+        }
+        fault
+    }
+
+    static STEP: AtomicU64 = AtomicU64::new(0);
+    static FAULTS: OnceLock<Vec<Fault>> = OnceLock::new();
+    static WHO: OnceLock<(u64, u32)> = OnceLock::new();
+
+    pub(crate) fn identify(generation: u64, rank: u32) {
+        WHO.get_or_init(|| (generation, rank));
+    }
+
+    pub(crate) fn reach(step: u64, place: &str) {
+        STEP.store(step, Ordering::Relaxed);
+        let faults = FAULTS.get_or_init(|| {
+            let text = std::env::var("POLLEN_FAULT").unwrap_or_default();
+            text.split(';').filter(|part| !part.trim().is_empty()).map(parse).collect()
+        });
+        let Some(&(generation, rank)) = WHO.get() else { return };
+        for fault in faults {
+            let hit = fault.generation.is_none_or(|wanted| wanted == generation)
+                && fault.rank.is_none_or(|wanted| wanted == rank)
+                && fault.step.is_none_or(|wanted| wanted == step)
+                && fault.place.as_ref().is_none_or(|wanted| wanted == place);
+            if hit {
+                strike(fault);
+            }
+        }
+    }
+
+    /// The step whose checkpoint is being written is the one reached last.
+    pub(crate) fn reach_stage(stage: &str) {
+        reach(STEP.load(Ordering::Relaxed), stage);
+    }
+
+    fn strike(fault: &Fault) {
+        use rustix::process::{Signal, getpid, kill_process};
+        if let Some(mark) = &fault.mark {
+            std::fs::write(mark, std::process::id().to_string()).expect("the test's folder exists");
+        }
+        match fault.kind.as_str() {
+            "kill" => kill_process(getpid(), Signal::KILL).expect("a process may kill itself"),
+            "freeze" => kill_process(getpid(), Signal::STOP).expect("a process may stop itself"),
+            "hold" => {
+                let until = fault.until.as_ref().expect("POLLEN_FAULT: hold needs until=PATH");
+                while !until.exists() {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+            }
+            "mark" => {}
+            other => panic!("POLLEN_FAULT: unknown kind `{other}`"),
+        }
+    }
+}
+
+#[cfg(feature = "faults")]
+pub(crate) use active::{identify, reach, reach_stage};
+
+/// Does nothing: faults are compiled in for tests only.
+#[cfg(not(feature = "faults"))]
+pub(crate) fn identify(_generation: u64, _rank: u32) {}
+
+/// Does nothing: faults are compiled in for tests only.
+#[cfg(not(feature = "faults"))]
+pub(crate) fn reach(_step: u64, _place: &str) {}
+
+/// Does nothing: faults are compiled in for tests only.
+#[cfg(not(feature = "faults"))]
+pub(crate) fn reach_stage(_stage: &str) {}

@@ -1,0 +1,362 @@
+//! One worker, from its arguments to its exit code.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use burn::tensor::Device;
+use pollen_checkpoints::{Checkpoints, Restored};
+use pollen_collectives::{Communicator, Deadline, Store, rendezvous};
+use pollen_core::{ActionSpace, Clock, Seed, SystemClock};
+use pollen_dataloader::{Data, Loader, LoaderArgs, Mixture, ModelShape, ORDER_VERSION};
+use pollen_model::Flower;
+use pollen_observe::{Budget, Event, EventLog, StartEvent};
+use pollen_storage::{Observer, Recovered, Retry, Storage};
+
+use crate::batch::BatchBuilder;
+use crate::config::RunConfig;
+use crate::error::Error;
+use crate::layout::Layout;
+use crate::optim::AdamW;
+use crate::phases::PhaseTimer;
+use crate::randomness::Randomness;
+use crate::recovery::{Identity, Recovery};
+use crate::signals::StopFlags;
+use crate::step::Trainer;
+use crate::training_loop::{Outcome, Session, skipped, train};
+
+/// What a worker is told.
+#[derive(Clone, Debug)]
+pub struct WorkerArgs {
+    /// The recipe.
+    pub config: RunConfig,
+    /// Hash of what makes this run this run.
+    pub config_hash: String,
+    /// Local folder of the run, for events.
+    pub run_dir: PathBuf,
+    /// Object-store folder of the run, for checkpoints.
+    pub run_url: String,
+    /// The run's id.
+    pub run_id: String,
+    /// This worker's rank.
+    pub rank: u32,
+    /// Number of workers.
+    pub world_size: u32,
+    /// Which start of the run this is.
+    pub generation: u64,
+    /// Address of the rendezvous store.
+    pub store: String,
+    /// Continue although a dataset changed since the checkpoint.
+    pub accept_new_data: bool,
+}
+
+/// Writes storage retries into the run's events.
+#[derive(Debug)]
+struct StoreEvents(EventLog);
+
+impl Observer for StoreEvents {
+    fn retry(&self, retry: &Retry) {
+        let event = Event::StoreRetry {
+            operation: retry.operation.to_owned(),
+            path: retry.path.clone(),
+            attempt: retry.attempt,
+            waited_s: retry.waited.as_secs_f64(),
+            error: retry.error.clone(),
+        };
+        if let Err(error) = self.0.append(event) {
+            tracing::warn!(%error, "a storage retry could not be recorded");
+        }
+    }
+
+    fn recovered(&self, recovered: &Recovered) {
+        let event = Event::StoreRecovered {
+            operation: recovered.operation.to_owned(),
+            path: recovered.path.clone(),
+            attempts: recovered.attempts,
+            waited_s: recovered.waited.as_secs_f64(),
+        };
+        if let Err(error) = self.0.append(event) {
+            tracing::warn!(%error, "a storage recovery could not be recorded");
+        }
+    }
+}
+
+/// Runs a worker to its end and records it.
+pub fn run_worker(args: WorkerArgs, stop: StopFlags) -> Result<Outcome, Error> {
+    crate::faults::identify(args.generation, args.rank);
+    let (path, run, rank) = (args.run_dir.join("events.jsonl"), args.run_id.clone(), args.rank);
+    let generation = args.generation;
+    let log = || EventLog::open(&path, &run, generation, Some(rank));
+    let events = log()?;
+    let observer: Arc<dyn Observer> = Arc::new(StoreEvents(log()?));
+    let result = Worker::new(args, stop, observer).and_then(|worker| worker.run(log()?));
+    let (exit, reason) = match &result {
+        Ok(outcome) => (outcome.exit, outcome.reason.clone()),
+        Err(error) => (error.exit_code(), error.to_string()),
+    };
+    events.append(Event::End { exit_code: i32::from(exit.code()), reason })?;
+    result
+}
+
+/// A worker with its connections, before it has a model.
+struct Worker {
+    args: WorkerArgs,
+    stop: StopFlags,
+    runtime: tokio::runtime::Runtime,
+    observer: Arc<dyn Observer>,
+    store: Store,
+    communicator: Arc<dyn Communicator>,
+    clock: Arc<dyn Clock>,
+    deadline: Duration,
+}
+
+impl Worker {
+    fn new(args: WorkerArgs, stop: StopFlags, observer: Arc<dyn Observer>) -> Result<Self, Error> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name("pollen-io")
+            .enable_all()
+            .build()
+            .map_err(|source| Error::File { path: "the I/O threads".into(), source })?;
+        let config = &args.config.communicator;
+        let deadline = config.timeout;
+        let store = Store::connect(&args.store, Deadline::after(config.join_timeout))?
+            .prefixed(&format!("g{}/", args.generation));
+        let communicator = rendezvous::connect(
+            config,
+            &store,
+            args.rank,
+            args.world_size,
+            args.generation,
+        )?;
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+        Ok(Self { args, stop, runtime, observer, store, communicator, clock, deadline })
+    }
+
+    fn run(self, events: EventLog) -> Result<Outcome, Error> {
+        let config = &self.args.config;
+        let data = self.data()?;
+        let mixture = Arc::new(data.mixture(Seed::new(config.seed))?);
+        let device = Device::flex().autodiff();
+        let seed = Seed::new(config.seed).child("weights");
+        let model = config.model.init(&config.action_spaces, seed, &device)?;
+        let layout = layout_of(&model, config);
+        let identity = self.identity(&data, &layout)?;
+        let url = format!("{}/checkpoints", self.args.run_url.trim_end_matches('/'));
+        let storage = Storage::open(&url, &config.storage, Arc::clone(&self.observer))?;
+        let checkpoints = Checkpoints::new(storage, self.runtime.handle().clone())
+            .with_stage_hook(Arc::new(|stage: &str| crate::faults::reach_stage(stage)));
+        let (recovery, restored) = Recovery::start(
+            checkpoints,
+            self.store.clone(),
+            (self.args.rank, self.args.world_size),
+            self.args.generation,
+            (self.deadline, config.checkpoint.verify),
+            identity,
+        )?;
+        if let Some(restored) = &restored {
+            recovery.check(restored, self.args.accept_new_data)?;
+        }
+        let state = State::load(model, &layout, &device, &recovery, restored.as_ref())?;
+        let spent = restored.as_ref().map_or(0.0, |r| r.manifest.head.gpu_hours_spent);
+        let limit = Some(config.budget.max_gpu_hours);
+        let budget = Budget::new(spent, self.args.world_size, self.clock.wall(), limit);
+        let mut session = Session {
+            saved_step: restored.as_ref().map(|restored| restored.manifest.head.step),
+            events,
+            recovery,
+            budget,
+            clock: Arc::clone(&self.clock),
+        };
+        let mut trainer = self.trainer(data, mixture, layout, device, state)?;
+        self.announce(&session, restored.as_ref(), &url, trainer.step)?;
+        let outcome = train(&mut trainer, &mut session)?;
+        if outcome.exit == pollen_core::ExitCode::Done {
+            let spaces = trainer.evaluate()?;
+            if self.args.rank == 0 {
+                session.events.append(Event::Eval { step: trainer.step, spaces })?;
+            }
+        }
+        self.communicator.barrier()?;
+        Ok(outcome)
+    }
+
+    fn data(&self) -> Result<Arc<Data>, Error> {
+        let config = &self.args.config;
+        let widest = |of: fn(&ActionSpace) -> usize| {
+            config.action_spaces.iter().map(of).max().unwrap_or(0)
+        };
+        let shape = ModelShape {
+            action_horizon: config.model.flow.action_horizon,
+            action_width: widest(ActionSpace::dim),
+            proprio_width: widest(|space| space.proprio_dim),
+        };
+        let open =
+            |url: &str| Storage::open(url, &config.storage, Arc::clone(&self.observer));
+        let data = Data::open(&config.data, &config.action_spaces, shape, &open);
+        Ok(Arc::new(self.runtime.block_on(data)?))
+    }
+
+    fn identity(&self, data: &Data, layout: &Layout) -> Result<Identity, Error> {
+        let contract = crate::contract::contract_json(data, &self.args.config)?;
+        Ok(Identity {
+            config_hash: self.args.config_hash.clone(),
+            layout_hash: layout.hash(),
+            order_version: ORDER_VERSION,
+            dataset_hashes: data.hashes().into_iter().collect(),
+            contract,
+        })
+    }
+
+    fn trainer(
+        &self,
+        data: Arc<Data>,
+        mixture: Arc<Mixture>,
+        layout: Layout,
+        device: Device,
+        state: State,
+    ) -> Result<Trainer, Error> {
+        let config = self.args.config.clone();
+        let (rank, world_size) = (self.args.rank, self.args.world_size);
+        let audits_left = config.train.audit_steps;
+        let accumulation =
+            config.accumulation(world_size).map_err(|fault| Error::Recipe(vec![fault]))?;
+        let loader = Loader::start(
+            LoaderArgs {
+                data: Arc::clone(&data),
+                mixture: Arc::clone(&mixture),
+                seed: Seed::new(config.seed),
+                rank: rank as usize,
+                world_size: world_size as usize,
+                global_batch: config.train.global_batch as usize,
+                micro_batch: config.train.micro_batch as usize,
+                first_sample: state.step * u64::from(config.train.global_batch),
+            },
+            self.runtime.handle(),
+        )?;
+        Ok(Trainer {
+            batches: BatchBuilder {
+                device: device.clone(),
+                randomness: Randomness::new(config.seed),
+                global_batch: u64::from(config.train.global_batch),
+                spaces: config.action_spaces.clone(),
+            },
+            model: state.model,
+            optimizer: state.optimizer,
+            step: state.step,
+            non_finite: state.non_finite,
+            config,
+            layout,
+            mean_chunks: self.runtime.block_on(data.mean_chunks(&mixture))?,
+            runtime: self.runtime.handle().clone(),
+            data,
+            mixture,
+            loader,
+            communicator: Arc::clone(&self.communicator),
+            device,
+            timer: PhaseTimer::new(Arc::clone(&self.clock)),
+            stop: self.stop.clone(),
+            accumulation,
+            over_budget: false,
+            prove_exchange: true,
+            audits_left,
+        })
+    }
+
+    fn announce(
+        &self,
+        session: &Session,
+        restored: Option<&Restored>,
+        url: &str,
+        step: u64,
+    ) -> Result<(), Error> {
+        if self.args.rank != 0 {
+            return Ok(());
+        }
+        if let Some(restored) = restored {
+            session.events.append(Event::Restore {
+                step,
+                url: format!("{url}/{}", restored.dir),
+                skipped: skipped(url, &restored.skipped),
+            })?;
+        }
+        let config = &self.args.config;
+        session.events.append(Event::Start(StartEvent {
+            world_size: self.args.world_size,
+            step,
+            steps: config.train.steps,
+            global_batch: u64::from(config.train.global_batch),
+            communicator: self.communicator.name().to_owned(),
+            device: "cpu".into(),
+            gpu_hours_before: restored.map_or(0.0, |r| r.manifest.head.gpu_hours_spent),
+            max_gpu_hours: Some(config.budget.max_gpu_hours),
+        }))?;
+        Ok(())
+    }
+}
+
+fn layout_of(model: &Flower, config: &RunConfig) -> Layout {
+    let frozen = |name: &str| config.train.freeze.iter().any(|prefix| name.starts_with(prefix));
+    let parameters = model
+        .parameters()
+        .into_iter()
+        .filter(|info| info.trained && !frozen(&info.name))
+        .map(|info| (info.name, info.shape));
+    Layout::new(parameters, &config.train.optimizer, config.train.bucket.as_u64())
+}
+
+/// What a checkpoint brings back.
+struct State {
+    model: Flower,
+    optimizer: AdamW,
+    step: u64,
+    non_finite: u64,
+}
+
+impl State {
+    fn load(
+        model: Flower,
+        layout: &Layout,
+        device: &Device,
+        recovery: &Recovery,
+        restored: Option<&Restored>,
+    ) -> Result<Self, Error> {
+        let plain = device.clone().inner();
+        let Some(restored) = restored else {
+            return Ok(Self { model, optimizer: AdamW::new(layout, &plain), step: 0, non_finite: 0 });
+        };
+        let head = &restored.manifest.head;
+        let mut tensors = recovery.checkpoints().read_model(restored)?;
+        let mut missing = Vec::new();
+        let wanted: std::collections::HashMap<String, usize> = model
+            .parameters()
+            .into_iter()
+            .map(|info| (info.name, info.shape.iter().product()))
+            .collect();
+        let model = model.with_flat_parameters(&mut |name| {
+            let values = tensors.remove(name).and_then(|tensor| tensor.to_f32());
+            match values {
+                Some(values) if wanted.get(name) == Some(&values.len()) => {
+                    Some(crate::data_parallel::to_device(values, &plain))
+                }
+                _ => {
+                    missing.push(name.to_owned());
+                    None
+                }
+            }
+        });
+        if let Some(name) = missing.first() {
+            let reason = format!(
+                "{} tensors are missing or of another size, the first is `{name}`; restore the \
+                 recipe that wrote it",
+                missing.len()
+            );
+            return Err(Error::Mismatch { step: head.step, reason });
+        }
+        let optimizer = AdamW::restore(layout, &plain, head.updates, |name, range| {
+            recovery.checkpoints().read_flat(restored, name, range)
+        })?;
+        let non_finite = head.extra["non_finite"].as_u64().unwrap_or(0);
+        Ok(Self { model, optimizer, step: head.step, non_finite })
+    }
+}

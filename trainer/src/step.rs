@@ -1,0 +1,277 @@
+//! One optimizer step, the whole of it.
+
+use std::sync::Arc;
+
+use burn::tensor::Device;
+use pollen_collectives::Communicator;
+use pollen_dataloader::{Data, HostBatch, Loader, Mixture};
+use pollen_model::Flower;
+
+use crate::batch::BatchBuilder;
+use crate::clip;
+use crate::config::{Group, RunConfig};
+use crate::data_parallel::{Gradients, sum_f64, to_device};
+use crate::error::Error;
+use crate::layout::{Entry, Layout};
+use crate::optim::AdamW;
+use crate::phases::{Phase, PhaseTimer};
+use crate::signals::StopFlags;
+
+/// What a rank tells the others once a step, and the sum it gets back.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Verdict {
+    /// Sum of squared errors over valid entries, divided by their global count: the loss.
+    pub loss: f64,
+    /// Valid entries that were counted in the batches themselves.
+    pub valid_entries: f64,
+    /// Ranks that were asked to terminate.
+    pub terminate: f64,
+    /// Ranks that were interrupted.
+    pub interrupt: f64,
+    /// Ranks whose clock says that the budget is spent.
+    pub over_budget: f64,
+    /// Seconds waited for data.
+    pub data_wait_s: f64,
+}
+
+impl Verdict {
+    fn to_vec(self) -> Vec<f64> {
+        vec![
+            self.loss,
+            self.valid_entries,
+            self.terminate,
+            self.interrupt,
+            self.over_budget,
+            self.data_wait_s,
+        ]
+    }
+
+    fn from_slice(v: &[f64]) -> Result<Self, Error> {
+        let &[loss, valid_entries, terminate, interrupt, over_budget, data_wait_s] = v else {
+            return Err(Error::internal("the reduced vector has another length"));
+        };
+        Ok(Self { loss, valid_entries, terminate, interrupt, over_budget, data_wait_s })
+    }
+}
+
+/// What one step did.
+#[derive(Clone, Debug)]
+pub struct StepReport {
+    /// The reduced verdict.
+    pub verdict: Verdict,
+    /// Global gradient norm before clipping.
+    pub grad_norm: f64,
+    /// Learning rates used, by group.
+    pub learning_rate: [(Group, f64); 2],
+    /// Whether the weights were left alone because the loss or a gradient was not finite.
+    pub skipped: bool,
+    /// Hashes of this rank's own first bucket and of the reduced one, if asked for.
+    pub exchange: Option<(String, String)>,
+    /// The sample indices that all loaders delivered, sorted, while the audit lasts.
+    pub audit: Option<Vec<u64>>,
+}
+
+/// Everything that a step reads and writes.
+pub struct Trainer {
+    pub(crate) config: RunConfig,
+    pub(crate) model: Flower,
+    pub(crate) layout: Layout,
+    pub(crate) optimizer: AdamW,
+    pub(crate) data: Arc<Data>,
+    pub(crate) mixture: Arc<Mixture>,
+    /// Mean action chunk of each action space over the training data, [H, A].
+    pub(crate) mean_chunks: Vec<Option<Vec<f32>>>,
+    pub(crate) loader: Loader,
+    pub(crate) runtime: tokio::runtime::Handle,
+    pub(crate) batches: BatchBuilder,
+    pub(crate) communicator: Arc<dyn Communicator>,
+    pub(crate) device: Device,
+    pub(crate) timer: PhaseTimer,
+    pub(crate) stop: StopFlags,
+    pub(crate) accumulation: u32,
+    /// Steps done.
+    pub(crate) step: u64,
+    /// Steps whose update was skipped.
+    pub(crate) non_finite: u64,
+    pub(crate) over_budget: bool,
+    pub(crate) prove_exchange: bool,
+    pub(crate) audits_left: u64,
+}
+
+impl std::fmt::Debug for Trainer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trainer").field("step", &self.step).finish_non_exhaustive()
+    }
+}
+
+impl Trainer {
+    /// Runs one step: next batch, forward, backward, all-reduce, clip, update.
+    pub fn train_step(&mut self) -> Result<StepReport, Error> {
+        let step = self.step;
+        let global = self.global_batch(step);
+        self.timer.begin_step(step + 1);
+
+        let mut gradients = Gradients::default();
+        let mut verdict = Verdict::default();
+        let mut delivered = Vec::new();
+        for micro_batch in 0..self.accumulation {
+            self.timer.enter(Phase::Data);
+            let host = self.loader.next_micro_batch()?;
+            verdict.valid_entries += host.num_valid() as f64;
+            delivered.extend(host.sample_indices.iter().map(|&index| index as i64));
+
+            self.timer.enter(Phase::Forward);
+            let loss = self.micro_batch_loss(&host, micro_batch, global.valid_entries);
+            verdict.loss += f64::from(loss.clone().into_scalar::<f32>());
+
+            self.timer.enter(Phase::Backward);
+            let mut tape = loss.backward();
+            gradients.add(&self.layout, self.model.take_gradients(&mut tape), &self.device);
+        }
+
+        self.timer.enter(Phase::AllReduce);
+        let own = self.prove_exchange.then(|| gradients.hash());
+        let reduced = gradients.all_reduce(self.communicator.as_ref())?;
+        let verdict = self.agree(verdict)?;
+        self.check_count(verdict, global.valid_entries)?;
+        let audit = self.audit(delivered)?;
+
+        self.timer.enter(Phase::Optimizer);
+        let grad_norm = clip::norm(&reduced);
+        let exchange = own.map(|own| (own, crate::data_parallel::hash(&reduced)));
+        let skipped = !(verdict.loss.is_finite() && grad_norm.is_finite());
+        let learning_rate = self.learning_rates();
+        if skipped {
+            self.non_finite += 1;
+        } else {
+            self.update(reduced, grad_norm, learning_rate, &global);
+        }
+        self.timer.close();
+        self.step += 1;
+        Ok(StepReport { verdict, grad_norm, learning_rate, skipped, exchange, audit })
+    }
+
+    /// The rank's share of the loss: squared errors over the *global* count of valid entries, so
+    /// that a rank with more padding does not count more.
+    fn micro_batch_loss(
+        &self,
+        host: &HostBatch,
+        micro_batch: u32,
+        valid_entries: u64,
+    ) -> burn::tensor::Tensor<1> {
+        let rank = self.communicator.rank();
+        self.device.seed(self.batches.randomness.dropout(self.step, micro_batch, rank));
+        let batch = self.batches.flow(host, self.step, &self.model);
+        let context = self.model.encode(&batch.observation, Some(&batch.masks));
+        let velocity = self.model.velocity(&context, batch.noisy(), batch.time.clone(), true);
+        let squares =
+            pollen_model::velocity_loss(velocity, batch.noise, batch.actions, batch.valid);
+        squares / valid_entries as f64
+    }
+
+    /// Sums the verdicts, so that all ranks decide alike.
+    fn agree(&self, mut own: Verdict) -> Result<Verdict, Error> {
+        own.terminate = f64::from(u8::from(self.stop.terminate()));
+        own.interrupt = f64::from(u8::from(self.stop.interrupt()));
+        own.over_budget = f64::from(u8::from(self.over_budget));
+        own.data_wait_s = self.timer.spent(Phase::Data).as_secs_f64();
+        Verdict::from_slice(&sum_f64(self.communicator.as_ref(), own.to_vec())?)
+    }
+
+    /// The count made from sample ids before the step must be what the batches really held.
+    fn check_count(&self, verdict: Verdict, expected: u64) -> Result<(), Error> {
+        if verdict.valid_entries == expected as f64 {
+            return Ok(());
+        }
+        Err(Error::internal(format!(
+            "step {}: the loaders of all ranks delivered {} valid action entries where the sample \
+             order has {expected}",
+            self.step, verdict.valid_entries
+        )))
+    }
+
+    /// Gathers what the loaders of all ranks delivered: each sample of the global batch once.
+    fn audit(&mut self, delivered: Vec<i64>) -> Result<Option<Vec<u64>>, Error> {
+        if self.audits_left == 0 {
+            return Ok(None);
+        }
+        self.audits_left -= 1;
+        let gathered = self.communicator.all_gather(delivered.into())?.wait()?;
+        let mut samples: Vec<i64> = gathered.try_into()?;
+        samples.sort_unstable();
+        let size = i64::from(self.config.train.global_batch);
+        let first = self.step as i64 * size;
+        if samples.iter().copied().ne(first..first + size) {
+            return Err(Error::internal(format!(
+                "step {}: the loaders of all ranks together delivered the samples {samples:?}, \
+                 not each of {first}..{} once",
+                self.step,
+                first + size
+            )));
+        }
+        Ok(Some(samples.into_iter().map(|sample| sample as u64).collect()))
+    }
+
+    fn learning_rates(&self) -> [(Group, f64); 2] {
+        let update = self.optimizer.updates();
+        [Group::Head, Group::Vlm].map(|group| {
+            let settings = self.config.train.optimizer.group(group);
+            (group, settings.schedule.learning_rate(settings.learning_rate, update))
+        })
+    }
+
+    /// Clips, updates bucket by bucket and puts the new values into the model.
+    fn update(
+        &mut self,
+        reduced: Vec<Vec<f32>>,
+        grad_norm: f64,
+        learning_rate: [(Group, f64); 2],
+        global: &GlobalBatch,
+    ) {
+        let factor = clip::factor(grad_norm, self.config.train.clip_norm);
+        let active = |entry: &Entry| {
+            entry.action_space().is_none_or(|space| global.spaces.iter().any(|s| s == space))
+        };
+        self.optimizer.begin_update();
+        let mut values = crate::weights::FlatWeights::of(&self.model, &self.layout);
+        for (index, gradient) in reduced.into_iter().enumerate() {
+            let group = self.layout.entries()[self.layout.buckets()[index].entries.start].group;
+            let rate = learning_rate.iter().find(|(g, _)| *g == group).expect("both groups").1;
+            let mut gradient = to_device(gradient, &self.device.clone().inner());
+            if factor < 1.0 {
+                gradient = gradient * factor;
+            }
+            values.update(&self.layout, index, |weights| {
+                self.optimizer.update_bucket(
+                    &self.layout,
+                    index,
+                    weights,
+                    gradient,
+                    rate,
+                    &self.config.train.optimizer,
+                    active,
+                )
+            });
+        }
+        self.model = values.into_model(self.model.clone());
+    }
+
+    /// What every rank knows of the whole global batch from the sample order alone.
+    fn global_batch(&self, step: u64) -> GlobalBatch {
+        let size = self.config.train.global_batch as usize;
+        let mut batch = GlobalBatch { valid_entries: 0, spaces: Vec::new() };
+        for (_, sample) in self.mixture.global_batch(step, size) {
+            batch.valid_entries += self.data.valid_entries(sample);
+            let space = &self.data.datasets()[sample.dataset as usize].action_space().name;
+            if !batch.spaces.contains(space) {
+                batch.spaces.push(space.clone());
+            }
+        }
+        batch
+    }
+}
+
+struct GlobalBatch {
+    valid_entries: u64,
+    spaces: Vec<String>,
+}

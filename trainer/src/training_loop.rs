@@ -1,0 +1,170 @@
+//! The loop around the step: log, save, stop.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pollen_core::{Clock, ExitCode};
+use pollen_observe::{Budget, Event, EventLog, SkippedCheckpoint, StepEvent};
+
+use crate::error::Error;
+use crate::phases::Phase;
+use crate::recovery::Recovery;
+use crate::step::{StepReport, Trainer};
+
+/// How a run ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Outcome {
+    /// Exit code of the process.
+    pub exit: ExitCode,
+    /// Why, in words.
+    pub reason: String,
+}
+
+/// What accompanies a trainer through a run.
+#[derive(Debug)]
+pub struct Session {
+    pub(crate) events: EventLog,
+    pub(crate) recovery: Recovery,
+    pub(crate) budget: Budget,
+    pub(crate) clock: Arc<dyn Clock>,
+    /// Step of the newest published checkpoint.
+    pub(crate) saved_step: Option<u64>,
+}
+
+/// Trains until the recipe's last step, or until all ranks agree to stop.
+pub fn train(trainer: &mut Trainer, session: &mut Session) -> Result<Outcome, Error> {
+    let steps = trainer.config.train.steps;
+    let every = trainer.config.checkpoint.every_steps;
+    while trainer.step < steps {
+        let began = session.clock.monotonic();
+        trainer.over_budget = session.budget.is_spent(session.clock.wall());
+        let report = trainer.train_step()?;
+        let elapsed = session.clock.monotonic().saturating_sub(began);
+        log_step(trainer, session, &report, elapsed)?;
+
+        let stop = stop_reason(trainer, &report)?;
+        if trainer.step.is_multiple_of(every) || trainer.step == steps || stop.is_some() {
+            save(trainer, session)?;
+        }
+        if let Some(outcome) = stop {
+            return Ok(outcome);
+        }
+    }
+    Ok(Outcome { exit: ExitCode::Done, reason: format!("step {steps} of {steps}") })
+}
+
+/// Decides from reduced values alone, so that all ranks decide alike.
+fn stop_reason(trainer: &Trainer, report: &StepReport) -> Result<Option<Outcome>, Error> {
+    let cap = trainer.config.train.max_non_finite_steps;
+    if trainer.non_finite > cap {
+        return Err(Error::NonFinite { count: trainer.non_finite, cap });
+    }
+    let verdict = report.verdict;
+    let step = trainer.step;
+    let stop = |exit, why: &str| Some(Outcome { exit, reason: format!("{why} at step {step}") });
+    Ok(if verdict.interrupt > 0.0 {
+        stop(ExitCode::Interrupted, "interrupted")
+    } else if verdict.terminate > 0.0 {
+        stop(ExitCode::Preempted, "asked to terminate")
+    } else if verdict.over_budget > 0.0 {
+        stop(ExitCode::DoNotRequeue, "budget.max_gpu_hours is spent")
+    } else {
+        None
+    })
+}
+
+/// Saves a checkpoint with all ranks; the step's report goes on to the next.
+fn save(trainer: &mut Trainer, session: &mut Session) -> Result<(), Error> {
+    let began = session.clock.monotonic();
+    trainer.timer.begin_step(trainer.step);
+    trainer.timer.enter(Phase::Checkpoint);
+    let spent = session.budget.spent(session.clock.wall());
+    let published = session.recovery.save(trainer, spent)?;
+    trainer.timer.close();
+    session.saved_step = Some(trainer.step);
+    if let Some(published) = published {
+        let seconds = session.clock.monotonic().saturating_sub(began).as_secs_f64();
+        session.events.append(Event::Checkpoint {
+            step: trainer.step,
+            url: published.url,
+            bytes: published.bytes,
+            stall_s: seconds,
+            seconds,
+        })?;
+        session.events.append(session.budget.event(session.clock.wall()))?;
+    }
+    Ok(())
+}
+
+fn log_step(
+    trainer: &mut Trainer,
+    session: &Session,
+    report: &StepReport,
+    elapsed: Duration,
+) -> Result<(), Error> {
+    if let Some((own_hash, reduced_hash)) = report.exchange.clone() {
+        let step = trainer.step;
+        session.events.append(Event::GradientExchange { step, own_hash, reduced_hash })?;
+        trainer.prove_exchange = false;
+    }
+    if trainer.communicator.rank() != 0 {
+        return Ok(());
+    }
+    if let Some(samples) = report.audit.clone() {
+        session.events.append(Event::SampleAudit { step: trainer.step, samples })?;
+    }
+    let size = u64::from(trainer.config.train.global_batch);
+    let done = trainer.step - 1;
+    if report.skipped {
+        session.events.append(Event::NonFinite {
+            step: trainer.step,
+            count: trainer.non_finite,
+            samples: (done * size..(done + 1) * size).collect(),
+            contact_sheet: None,
+        })?;
+    }
+    if !trainer.step.is_multiple_of(u64::from(trainer.config.observe.log_every.get()))
+        && trainer.step != trainer.config.train.steps
+    {
+        return Ok(());
+    }
+    let mut datasets = BTreeMap::new();
+    for (_, sample) in trainer.mixture.global_batch(done, size as usize) {
+        let name = trainer.data.datasets()[sample.dataset as usize].name();
+        *datasets.entry(name.to_owned()).or_insert(0) += 1;
+    }
+    let seconds = elapsed.as_secs_f64();
+    session.events.append(Event::Step(StepEvent {
+        step: trainer.step,
+        samples: trainer.step * size,
+        loss: report.verdict.loss,
+        grad_norm: report.grad_norm,
+        learning_rate: report
+            .learning_rate
+            .iter()
+            .map(|(group, rate)| (group.name().to_owned(), *rate))
+            .collect(),
+        samples_per_s: size as f64 / seconds,
+        data_wait: report.verdict.data_wait_s
+            / f64::from(trainer.communicator.world_size())
+            / seconds,
+        phases: trainer.timer.seconds(),
+        datasets,
+    }))?;
+    Ok(())
+}
+
+/// Turns what the checkpoint reader passed over into the event's form.
+pub(crate) fn skipped(
+    url: &str,
+    skipped: &[pollen_checkpoints::Skipped],
+) -> Vec<SkippedCheckpoint> {
+    skipped
+        .iter()
+        .map(|skipped| SkippedCheckpoint {
+            url: format!("{url}/step-{:08}/g{}", skipped.step, skipped.generation),
+            reason: skipped.reason.clone(),
+        })
+        .collect()
+}
