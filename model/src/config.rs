@@ -198,7 +198,7 @@ impl VisionConfig {
                 ));
             }
         }
-        if self.dims[stages - 1] % 2 != 0 {
+        if !self.dims[stages - 1].is_multiple_of(2) {
             faults.push(
                 "the last of vision.dims must be even: half for rows, half for columns".into(),
             );
@@ -277,7 +277,9 @@ impl FlowerConfig {
         let mut faults = Vec::new();
         self.vision.faults(&mut faults);
         let language = &self.language;
-        if language.heads == 0 || language.width == 0 || language.width % language.heads.max(1) != 0
+        if language.heads == 0
+            || language.width == 0
+            || !language.width.is_multiple_of(language.heads.max(1))
         {
             faults.push(format!(
                 "language.width = {} must be a multiple of language.heads = {}",

@@ -49,11 +49,11 @@ pub struct Context {
     pub(crate) spaces: Vec<usize>,
 }
 
-/// Features of an observation and what goes with them, before the projection.
+/// An encoded observation and what goes with it, before the projection.
 #[derive(Debug)]
-pub(crate) struct Features<'a> {
-    /// `[B, S, width of the encoder]`
-    pub(crate) features: Tensor<3>,
+pub(crate) struct Encoded<'a> {
+    /// `[B, S, C]`, C: width of the encoder.
+    pub(crate) features_BSC: Tensor<3>,
     /// `[B, S]`, 0 where the encoder saw nothing of use.
     pub(crate) mask_BS: Tensor<2>,
     /// `[B]`
@@ -178,8 +178,8 @@ impl FlowTransformer {
     }
 
     /// Projects the features and embeds what does not depend on flow time.
-    pub(crate) fn context(&self, inputs: Features) -> Context {
-        let groups = RowGroups::new(inputs.spaces, &inputs.features.device());
+    pub(crate) fn context(&self, inputs: Encoded) -> Context {
+        let groups = RowGroups::new(inputs.spaces, &inputs.features_BSC.device());
         let cross_bias = match self.cross_mask {
             CrossAttentionMask::None => None,
             CrossAttentionMask::Boolean => Some(hide(inputs.mask_BS)),
@@ -190,14 +190,14 @@ impl FlowTransformer {
         };
         let tokens_BSD = self
             .cond_linear
-            .forward(self.cond_norm.forward(inputs.features));
+            .forward(self.cond_norm.forward(inputs.features_BSC));
         let mut conditioning_BD =
             stateless_norm(self.frequency_embedder.forward(inputs.frequency_hz));
-        if let Some(proprio_BP) = inputs.proprio_BP {
-            if groups.spaces().any(|s| self.proprio_encoders[s].is_some()) {
-                let embedded = self.proprio(&groups, proprio_BP, inputs.train);
-                conditioning_BD = conditioning_BD + stateless_norm(embedded);
-            }
+        if let Some(proprio_BP) = inputs.proprio_BP
+            && groups.spaces().any(|s| self.proprio_encoders[s].is_some())
+        {
+            let embedded = self.proprio(&groups, proprio_BP, inputs.train);
+            conditioning_BD = conditioning_BD + stateless_norm(embedded);
         }
         Context {
             tokens_BSD,

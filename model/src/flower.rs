@@ -10,7 +10,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use pollen_core::ActionSpace;
 
 use crate::config::FlowerConfig;
-use crate::flow_transformer::{Context, Features, FlowTransformer};
+use crate::flow_transformer::{Context, Encoded, FlowTransformer};
 use crate::fusion::JointEncoder;
 use crate::observation::{Observation, TrainMasks};
 use crate::parameters::ParameterTable;
@@ -69,8 +69,8 @@ impl Flower {
         if let Some(keep) = masks.and_then(|masks| masks.token_keep.clone()) {
             features = features * keep;
         }
-        self.head.context(Features {
-            features,
+        self.head.context(Encoded {
+            features_BSC: features,
             mask_BS: content_BS,
             frequency_hz: obs.frequency_hz.clone(),
             proprio_BP: obs.proprio.clone(),

@@ -1,7 +1,7 @@
 //! From the path of a parameter inside the modules to its name in published checkpoints.
 
 /// Replacements, applied in this order to a module path.
-const RULES: [(&str, &str); 17] = [
+const RULES: [(&str, &str); 20] = [
     ("encoder.vision_tower.", "vlm.vision_tower."),
     (".conv1.", ".conv1.fn.dw."),
     (".conv2.", ".conv2.fn.dw."),
@@ -10,7 +10,16 @@ const RULES: [(&str, &str); 17] = [
     (".channel_attn.qkv.", ".channel_attn.fn.qkv."),
     (".channel_attn.proj.", ".channel_attn.fn.proj."),
     (".ffn.net.", ".ffn.fn.net."),
-    ("encoder.projection.", "vlm."),
+    ("encoder.projection.linear", "vlm.image_projection"),
+    ("encoder.projection.norm.", "vlm.image_proj_norm."),
+    (
+        "encoder.projection.positions.rows.",
+        "vlm.image_pos_embed.row_embeddings.",
+    ),
+    (
+        "encoder.projection.positions.columns.",
+        "vlm.image_pos_embed.column_embeddings.",
+    ),
     ("encoder.language_model.", "vlm.language_model.model."),
     // The feed-forward layers of the text encoder lie directly in the layer.
     (".ffn.fc", ".fc"),
@@ -38,14 +47,14 @@ pub(crate) fn canonical(path: &str, spaces: &[&str]) -> String {
         name = name.replacen(from, to, 1);
     }
     let mut parts = name.splitn(3, '.');
-    if let (Some(module), Some(index), Some(rest)) = (parts.next(), parts.next(), parts.next()) {
-        if PER_SPACE.contains(&module) {
-            let space = spaces[index
-                .parse::<usize>()
-                .expect("these modules are vectors, whose paths hold an index")];
-            let layer = if module == "adaln" { "modCX.1." } else { "" };
-            return format!("{module}.{space}.{layer}{rest}");
-        }
+    if let (Some(module), Some(index), Some(rest)) = (parts.next(), parts.next(), parts.next())
+        && PER_SPACE.contains(&module)
+    {
+        let index: usize = index
+            .parse()
+            .expect("these modules are vectors, whose paths hold an index");
+        let layer = if module == "adaln" { "modCX.1." } else { "" };
+        return format!("{module}.{}.{layer}{rest}", spaces[index]);
     }
     name
 }

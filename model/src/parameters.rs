@@ -287,9 +287,8 @@ fn module_of(name: &str) -> String {
         }
         ["vlm", "language_model", "model", "encoder", ..] => 5,
         ["vlm", "language_model", ..] => 4,
-        ["vlm", ..]
-        | [
-            "adaln" | "action_encoders" | "action_decoders" | "proprio_encoders",
+        [
+            "vlm" | "adaln" | "action_encoders" | "action_decoders" | "proprio_encoders",
             ..,
         ] => 2,
         _ => 1,

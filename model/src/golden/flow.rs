@@ -8,7 +8,7 @@ use crate::attention::{causal, hide};
 use crate::config::{CrossAttentionMask, NormVariant};
 use crate::flat::gradients;
 use crate::flow_block::{FlowBlock, Shared, modulate};
-use crate::flow_transformer::{Context, Features, FlowTransformer};
+use crate::flow_transformer::{Context, Encoded, FlowTransformer};
 use crate::parameters::ParameterTable;
 use crate::rectified_flow::{noisy_actions, velocity_loss};
 use crate::rope::Rope;
@@ -191,8 +191,8 @@ impl Head {
 
     /// The pretraining path.
     fn context(&self, features: Tensor<3>) -> Context {
-        self.model.context(Features {
-            features,
+        self.model.context(Encoded {
+            features_BSC: features,
             mask_BS: self.golden.tensor("input.attention_mask", &self.device),
             frequency_hz: self.golden.rows("frequency_hz", &self.device),
             proprio_BP: Some(self.golden.rows("proprio", &self.device)),
@@ -208,8 +208,8 @@ impl Head {
         let features = self.features();
         let [batch, tokens, _] = features.dims();
         let space = finetune_space(&model);
-        let context = model.context(Features {
-            features,
+        let context = model.context(Encoded {
+            features_BSC: features,
             mask_BS: Tensor::ones([batch, tokens], &self.device),
             frequency_hz: Tensor::full([batch], FINETUNE_HZ, &self.device),
             proprio_BP: None,

@@ -48,7 +48,7 @@ impl WindowAttention {
             .reshape([batch, rows, side, columns, side, channels])
             .swap_dims(2, 3)
             .reshape([batch * rows * columns, side * side, channels]);
-        let [q, k, v] = split_three(self.qkv.forward(windows), self.heads);
+        let [q, k, v] = split_three(&self.qkv.forward(windows), self.heads);
         let dropped = Dropped {
             rate: 0.0,
             train: false,
@@ -94,7 +94,7 @@ impl ChannelAttention {
         let cells = height * width;
         let normed = self.norm.forward(x_BHWC);
         let qkv = self.qkv.forward(normed.reshape([batch, cells, channels]));
-        let [q_BGNE, k_BGNE, v_BGNE] = split_three(qkv, self.groups);
+        let [q_BGNE, k_BGNE, v_BGNE] = split_three(&qkv, self.groups);
         let scale = 1.0 / (cells as f64).sqrt();
         let weights_BGEE = softmax((q_BGNE * scale).transpose().matmul(k_BGNE), 3);
         let mixed_BNC = v_BGNE
@@ -108,7 +108,7 @@ impl ChannelAttention {
 }
 
 /// Splits a fused projection: `[B, N, 3 * G * E]` to three of `[B, G, N, E]`.
-fn split_three(qkv: Tensor<3>, parts: usize) -> [Tensor<4>; 3] {
+fn split_three(qkv: &Tensor<3>, parts: usize) -> [Tensor<4>; 3] {
     let [batch, cells, width] = qkv.dims();
     let channels = width / 3;
     [0, 1, 2].map(|i| {

@@ -140,30 +140,28 @@ impl VisionTower {
 /// Learned positions of rows and columns.
 #[derive(Module, Debug)]
 pub(crate) struct ImagePositions {
-    row_embeddings: Embedding,
-    column_embeddings: Embedding,
+    rows: Embedding,
+    columns: Embedding,
 }
 
 /// Projects a feature map to tokens: positions, the mean and all cells, a linear map, a norm.
 #[derive(Module, Debug)]
 pub(crate) struct ImageProjection {
-    image_projection: Param<Tensor<2>>,
-    image_proj_norm: LayerNorm,
-    image_pos_embed: ImagePositions,
+    /// `[C, D]`, unlike other linear layers.
+    linear: Param<Tensor<2>>,
+    norm: LayerNorm,
+    positions: ImagePositions,
 }
 
 impl ImageProjection {
     pub(crate) fn new(weights: &mut Weights) -> Self {
         let positions = "vlm.image_pos_embed";
         Self {
-            image_projection: weights.param("vlm.image_projection"),
-            image_proj_norm: LayerNorm::new(weights, "vlm.image_proj_norm"),
-            image_pos_embed: ImagePositions {
-                row_embeddings: Embedding::new(weights, &format!("{positions}.row_embeddings")),
-                column_embeddings: Embedding::new(
-                    weights,
-                    &format!("{positions}.column_embeddings"),
-                ),
+            linear: weights.param("vlm.image_projection"),
+            norm: LayerNorm::new(weights, "vlm.image_proj_norm"),
+            positions: ImagePositions {
+                rows: Embedding::new(weights, &format!("{positions}.row_embeddings")),
+                columns: Embedding::new(weights, &format!("{positions}.column_embeddings")),
             },
         }
     }
@@ -173,8 +171,8 @@ impl ImageProjection {
     pub(crate) fn forward(&self, x_BHWC: Tensor<4>) -> Tensor<3> {
         let [batch, height, width, channels] = x_BHWC.dims();
         let half = channels / 2;
-        let columns = self.image_pos_embed.column_embeddings.rows(0, width);
-        let rows = self.image_pos_embed.row_embeddings.rows(0, height);
+        let columns = self.positions.columns.rows(0, width);
+        let rows = self.positions.rows.rows(0, height);
         let positions_HWC = Tensor::cat(
             vec![
                 columns.unsqueeze_dim::<3>(0).expand([height, width, half]),
@@ -185,12 +183,12 @@ impl ImageProjection {
         let x_BHWC = x_BHWC + positions_HWC.unsqueeze() + frame_position(channels, &self.device());
         let cells_BNC = x_BHWC.reshape([batch, height * width, channels]);
         let tokens = Tensor::cat(vec![cells_BNC.clone().mean_dim(1), cells_BNC], 1);
-        let projected = linear(tokens, self.image_projection.val(), None);
-        self.image_proj_norm.forward(projected)
+        let projected = linear(tokens, self.linear.val(), None);
+        self.norm.forward(projected)
     }
 
     fn device(&self) -> Device {
-        self.image_projection.val().device()
+        self.linear.val().device()
     }
 }
 
