@@ -1,6 +1,7 @@
-//! One suite of expectations, run against process memory and a folder.
+//! One suite of expectations, run against process memory, a folder and an S3 server.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use std::io::Write as _;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -144,6 +145,25 @@ async fn folder() {
         ["large", "log", "small", "ten"],
         "no temporary files, no empty folders"
     );
+}
+
+/// On the S3 server that `POLLEN_TEST_S3_URL` (for example `s3://bucket/tests`) names.
+#[tokio::test]
+async fn s3() {
+    let Ok(url) = std::env::var("POLLEN_TEST_S3_URL") else {
+        let _ = writeln!(
+            std::io::stderr(),
+            "SKIPPED on S3: POLLEN_TEST_S3_URL is not set"
+        );
+        return;
+    };
+    let storage = open(&url).join(&format!("storage-{}", std::process::id()));
+    suite(&storage).await;
+    for object in storage.list("").await.unwrap() {
+        storage.delete(&object.path).await.unwrap();
+    }
+    let error = open("s3://no-such-bucket-here").check().await.unwrap_err();
+    assert!(matches!(error, Error::NoBucket { .. }), "{error}");
 }
 
 #[tokio::test]

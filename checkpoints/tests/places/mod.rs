@@ -15,7 +15,7 @@ use tokio::runtime::Runtime;
 pub(crate) struct Place {
     pub(crate) storage: Storage,
     pub(crate) runtime: Runtime,
-    _folder: Option<tempfile::TempDir>,
+    folder: Option<tempfile::TempDir>,
 }
 
 impl Place {
@@ -23,7 +23,7 @@ impl Place {
         Self {
             storage,
             runtime: Runtime::new().unwrap(),
-            _folder: None,
+            folder: None,
         }
     }
 
@@ -35,7 +35,7 @@ impl Place {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("run");
         let mut place = Self::new(open(path.to_str().unwrap()));
-        place._folder = Some(folder);
+        place.folder = Some(folder);
         place
     }
 
