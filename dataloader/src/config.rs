@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use bytesize::ByteSize;
-use pollen_processing::{Augmentation, ResizeKind};
+use pollen_processing::{Augmentation, CropAndColor, ResizeKind};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -27,9 +27,9 @@ pub struct DataConfig {
     /// How frames are resized.
     #[serde(default = "defaults::resize")]
     pub resize: ResizeKind,
-    /// How training images are augmented after the resize, by camera role; others are left alone.
+    /// How training images are augmented.
     #[serde(default)]
-    pub augment: BTreeMap<String, Augmentation>,
+    pub augment: Augment,
     /// Bytes of a dataset's row groups whose frames are mixed at a time. Part of the sample order.
     #[serde(default = "defaults::window_bytes")]
     pub window_bytes: ByteSize,
@@ -104,6 +104,43 @@ pub enum WeightMeaning {
     TimesFrames,
 }
 
+/// How training images are augmented, after the resize.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Augment {
+    /// Not at all.
+    #[default]
+    None,
+    /// A random shift by up to `pads[role]` pixels each way; a role without a pad is left alone.
+    /// FLOWER's finetuning.
+    RandomShift {
+        /// Pixels by camera role.
+        pads: BTreeMap<String, u32>,
+    },
+    /// A random crop, then brightness, contrast, saturation and hue. FLOWER's pretraining.
+    Photometric {
+        /// Roles whose picture is not cropped.
+        #[serde(default = "defaults::uncropped")]
+        uncropped: BTreeSet<String>,
+    },
+}
+
+impl Augment {
+    /// Returns what is done to the images of a camera.
+    pub fn of(&self, role: &str) -> Augmentation {
+        match self {
+            Self::None => Augmentation::None,
+            Self::RandomShift { pads } => pads
+                .get(role)
+                .map_or(Augmentation::None, |&pad| Augmentation::RandomShift { pad }),
+            Self::Photometric { uncropped } => Augmentation::CropAndColor(CropAndColor {
+                crop: !uncropped.contains(role),
+                ..CropAndColor::default()
+            }),
+        }
+    }
+}
+
 /// Where an episode's instruction comes from.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -118,7 +155,7 @@ pub enum Instruction {
 }
 
 mod defaults {
-    use super::{ByteSize, PathBuf, ResizeKind};
+    use super::{BTreeSet, ByteSize, PathBuf, ResizeKind};
 
     pub(super) fn resize() -> ResizeKind {
         ResizeKind::Lanczos3Square
@@ -143,6 +180,9 @@ mod defaults {
     }
     pub(super) fn action() -> String {
         "action".into()
+    }
+    pub(super) fn uncropped() -> BTreeSet<String> {
+        BTreeSet::from(["wrist".to_owned()])
     }
     pub(super) fn state() -> String {
         "observation.state".into()
@@ -177,10 +217,10 @@ impl DataConfig {
                 faults.push(format!("data.cameras names `{role}` twice"));
             }
         }
-        for role in self.augment.keys() {
-            if !self.cameras.contains(role) {
+        if let Augment::RandomShift { pads } = &self.augment {
+            for role in pads.keys().filter(|role| !self.cameras.contains(role)) {
                 faults.push(format!(
-                    "data.augment.{role} is for a camera that data.cameras does not name"
+                    "data.augment.pads.{role} is for a camera that data.cameras does not name"
                 ));
             }
         }
@@ -258,7 +298,7 @@ mod tests {
         image_size = 64
         tokenizer = "tokenizer.json"
         window_bytes = "1 MiB"
-        augment = { primary = { kind = "random_shift", pad = 4 } }
+        augment = { kind = "random_shift", pads = { primary = 4 } }
         [data.datasets.b]
         embodiment = "eef_delta"
         robot = "Panda"
@@ -296,14 +336,18 @@ mod tests {
     fn all_faults_are_reported() {
         let text = SMALL
             .replace("image_size = 64", "image_size = 0")
-            .replace("augment = { primary", "augment = { left")
+            .replace("primary = 4", "left = 4")
             .replace("cameras = { primary", "cameras = { left");
         let error = parse(&text)
             .expect("parses")
             .validate()
             .expect_err("three faults")
             .to_string();
-        for part in ["image_size", "data.augment.left", "data.datasets.b.cameras"] {
+        for part in [
+            "image_size",
+            "data.augment.pads.left",
+            "data.datasets.b.cameras",
+        ] {
             assert!(error.contains(part), "{error}");
         }
     }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use pollen_core::{ActionSpace, Draws, Seed};
+use pollen_core::{ActionSpace, Seed};
 use pollen_processing::{Image, ImageContract, ObservationContract, ResizeKind, Resizer};
 use pollen_storage::Storage;
 
@@ -152,12 +152,16 @@ impl Data {
             weight: dataset.config().weight,
             groups: dataset.frames(false),
         });
-        Mixture::new(
+        let mixture = Mixture::new(
             seed,
             sources.collect(),
             self.config.weight_meaning,
             self.config.window_bytes.as_u64(),
-        )
+        )?;
+        for (dataset, share) in self.datasets.iter().zip(mixture.shares()) {
+            tracing::info!(dataset = dataset.name(), share, "mixture");
+        }
+        Ok(mixture)
     }
 
     /// Returns every `stride`-th frame of the held-out episodes, in the order of datasets and rows,
@@ -289,14 +293,12 @@ impl Data {
                     .resizer
                     .resize_square(&decoded)
                     .map_err(|e| bad(e.to_string()))?;
-                let augmentation = self.config.augment.get(role);
-                Ok(Some(match (seed, augmentation) {
-                    (Some(seed), Some(augmentation)) => {
-                        let mut draws: Draws = seed.index(camera as u64).draws();
-                        augmentation.apply(resized, &mut draws)
-                    }
-                    _ => resized,
-                }))
+                let Some(seed) = seed else {
+                    return Ok(Some(resized));
+                };
+                let mut draws = seed.index(camera as u64).draws();
+                let augmented = self.config.augment.of(role).apply(resized, &mut draws);
+                Ok(Some(augmented))
             })
             .collect()
     }

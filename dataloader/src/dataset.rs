@@ -201,6 +201,11 @@ impl Dataset {
         }
     }
 
+    /// Returns the bytes of its data files.
+    pub fn bytes(&self) -> u64 {
+        self.sidecar.files.iter().map(|file| file.bytes).sum()
+    }
+
     /// Returns the number of row groups in all files.
     pub fn num_row_groups(&self) -> usize {
         self.groups.len()

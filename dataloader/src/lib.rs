@@ -64,7 +64,7 @@ pub mod sidecar;
 pub mod summary;
 
 pub use batch::{BatchDims, HostBatch, ModelShape};
-pub use config::{DataConfig, DatasetConfig, Instruction, WeightMeaning};
+pub use config::{Augment, DataConfig, DatasetConfig, Instruction, WeightMeaning};
 pub use data::{Data, OpenStorage};
 pub use dataset::Dataset;
 pub use error::{Error, Result};

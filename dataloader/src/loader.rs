@@ -59,6 +59,7 @@ impl Loader {
                 "rank {rank} is not below {world_size}"
             )));
         }
+        warn_of_small_cache(&data, world_size);
         let plans = (0..).flat_map(move |step: u64| {
             let first = first_sample + step * global_batch as u64;
             let batch = mixture.batch_from(first, global_batch);
@@ -85,6 +86,25 @@ impl Loader {
     /// Returns the number of micro-batches of this rank in a global batch.
     pub fn micro_batches_per_step(&self) -> usize {
         self.micro_batches
+    }
+}
+
+/// Two windows of each dataset may be open at a time, shared out among the ranks.
+fn warn_of_small_cache(data: &Data, world_size: usize) {
+    let window = data.config().window_bytes.as_u64();
+    let open: u64 = data
+        .datasets()
+        .iter()
+        .map(|dataset| dataset.bytes().min(2 * window))
+        .sum();
+    let (needed, cache) = (open / world_size as u64, data.config().cache_bytes.as_u64());
+    if needed > cache {
+        tracing::warn!(
+            needed,
+            cache,
+            "row groups will be fetched again and again; raise data.cache_bytes or lower \
+             data.window_bytes"
+        );
     }
 }
 

@@ -209,6 +209,8 @@ impl RowGroupCache {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::parquet_file::{read_footer, row_group_range};
+    use pollen_storage::{Silent, Storage, StorageConfig};
     use std::sync::atomic::{AtomicUsize, Ordering};
 
     fn group(bytes: u64) -> OpenRowGroup {
@@ -219,12 +221,66 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn images_are_views_of_the_fetched_bytes() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../demo/data/lift");
+        let storage = Storage::open(folder, &StorageConfig::default(), Arc::new(Silent));
+        let storage = storage.expect("a folder");
+        let name = FileName {
+            dataset: "lift".into(),
+            path: "data/chunk-000/file-000.parquet".into(),
+        };
+        let size = storage.head(&name.path).await.expect("committed");
+        let footer = read_footer(&storage, &name, size).await.expect("Parquet");
+        let range = row_group_range(footer.metadata(), 3);
+        let bytes = storage
+            .get_range(&name.path, range.clone())
+            .await
+            .expect("inside");
+        let expected = RowGroup {
+            offset: range.start,
+            bytes: range.end - range.start,
+            rows: footer.metadata().row_group(3).num_rows() as u64,
+            crc32c: crc32c::crc32c(&bytes),
+            episodes: Vec::new(),
+        };
+        let features = ["observation.images.wrist", "observation.images.primary"];
+        let features = features.map(str::to_owned);
+        let open = |expected: &RowGroup, features: &[String]| {
+            OpenRowGroup::read(&name, &footer, size, 3, expected, bytes.clone(), features)
+        };
+        let group = open(&expected, &features).expect("whole");
+        let fetched = bytes.as_ptr_range();
+        for camera in 0..2 {
+            for row in 0..expected.rows as usize {
+                let image = group.image(camera, row).expect("an image");
+                let view = image.as_ptr_range();
+                assert!(image.starts_with(&[0xff, 0xd8]), "a JPEG");
+                assert!(
+                    fetched.start <= view.start && view.end <= fetched.end,
+                    "no copy"
+                );
+            }
+            assert!(group.image(camera, expected.rows as usize).is_none());
+        }
+        assert_eq!(group.bytes, expected.bytes);
+        let mut flipped = expected.clone();
+        flipped.crc32c ^= 1;
+        let error = open(&flipped, &features).expect_err("wrong").to_string();
+        assert!(error.contains("row group 3: crc32c"), "{error}");
+        let error = open(&expected, &["left".to_owned()])
+            .expect_err("none")
+            .to_string();
+        assert!(error.contains("no image column `left`"), "{error}");
+    }
+
+    #[tokio::test]
     async fn keeps_what_fits_and_forgets_the_oldest() {
         let cache = RowGroupCache::new(100);
         let opened = AtomicUsize::new(0);
+        let opened_ref = &opened;
         let get = |key: u32, bytes: u64| {
-            cache.get((0, key), || async {
-                opened.fetch_add(1, Ordering::Relaxed);
+            cache.get((0, key), move || async move {
+                opened_ref.fetch_add(1, Ordering::Relaxed);
                 Ok(group(bytes))
             })
         };

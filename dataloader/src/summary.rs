@@ -58,7 +58,7 @@ impl Summary {
                 held_out_episodes: dataset.config().holdout_episodes.len(),
                 frames: mixture.order(d).num_frames(),
                 row_groups: dataset.num_row_groups(),
-                bytes: dataset.sidecar().files.iter().map(|file| file.bytes).sum(),
+                bytes: dataset.bytes(),
                 windows: mixture.order(d).num_windows(0),
                 share: shares[d],
             })

@@ -1,0 +1,9 @@
+//! The loader as the trainer uses it, over datasets written here and over the committed demo.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod batches;
+mod demo;
+mod faults;
+mod golden;
+mod order;
+mod support;
