@@ -25,7 +25,7 @@ setup: ## Installs the all-reduce library and the demo's S3 server into .pollen/
 	@scripts/install-seaweedfs.sh
 
 build: ## Builds the pollen command
-	@$(CARGO) build --quiet --locked -p pollen-cli
+	@$(CARGO) build --locked --workspace
 
 pretrain: setup build ## Trains RECIPE (default demo), or continues its newest unfinished run
 	@$(POLLEN) launch $(RECIPE) $(OVERRIDES)

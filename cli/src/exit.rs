@@ -11,7 +11,7 @@ pub(crate) fn report(result: Result<ExitCode>) -> std::process::ExitCode {
         Ok(exit) => exit,
         Err(error) if is_broken_pipe(&error) => ExitCode::Done,
         Err(error) => {
-            let text = format!("{error:#}");
+            let text = describe(&error);
             // Nothing can be done when standard error is gone too.
             let _ = writeln!(std::io::stderr(), "error: {text}");
             code_of(&error)
@@ -54,6 +54,19 @@ fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<ErrorClass> {
         .or_else(|| cause.downcast_ref::<pollen_launcher::Error>().map(pollen_launcher::Error::class))
         .or_else(|| cause.downcast_ref::<pollen_observe::Error>().map(pollen_observe::Error::class))
         .or_else(|| cause.downcast_ref::<pollen_model::Error>().map(pollen_model::Error::class))
+}
+
+/// Returns an error with its causes, each once: many messages hold their cause already.
+fn describe(error: &Error) -> String {
+    let mut text = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if text.is_empty() {
+            text = cause;
+        } else if !text.contains(&cause) {
+            text = format!("{text}: {cause}");
+        }
+    }
+    text
 }
 
 fn is_broken_pipe(error: &Error) -> bool {

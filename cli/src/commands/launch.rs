@@ -109,7 +109,8 @@ fn object_server(recipe: &Recipe, runs: &Path) -> Result<Option<ObjectServer>> {
                 "launch.object_server needs data.root = \"s3://bucket/...\", not `{root}`"
             )],
         })?;
-    let weed = find_weed(|name| std::env::var(name).ok(), Path::new("."))?;
+    let checkout = std::env::current_dir().context("cannot find the current folder")?;
+    let weed = find_weed(|name| std::env::var(name).ok(), &checkout)?;
     Ok(Some(ObjectServer::start(&weed, &runs.join(".store"), bucket)?))
 }
 
@@ -237,7 +238,7 @@ fn next_commands(recipe: &Recipe, exit: ExitCode) -> Vec<NextCommand> {
     match exit {
         ExitCode::Done => vec![
             next("train further:", format!("make pretrain RECIPE={name} STEPS={}", steps * 3 / 2)),
-            next("a real mixture:", "make plan RECIPE=oxe".into()),
+            next("what was trained:", format!("target/debug/pollen model describe {name}")),
         ],
         _ => vec![next("go on:", format!("make pretrain RECIPE={name}"))],
     }
