@@ -398,7 +398,7 @@ mod tests {
                 ..NOTHING
             },
         );
-        assert!(grey.planes().iter().all(|&byte| byte >= 199 && byte <= 200));
+        assert!(grey.planes().iter().all(|byte| (199..=200).contains(byte)));
     }
 
     #[test]

@@ -1,9 +1,9 @@
 //! Scaling of actions and proprioception to [-1, 1] and back.
 //!
-//! The rule is y = clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1) with the 1 % and 99 % quantiles,
-//! on the dimensions that the action space marks; the others pass through. A dimension that (almost)
-//! never moves would be blown up to noise by it, so it falls back to minimum and maximum, and if these
-//! coincide too, to 0; [`Normalizer::fallbacks`] says where.
+//! The rule is y = clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1) with the 1 % and 99 %
+//! quantiles, on the dimensions that the action space marks; the others pass through. A dimension
+//! that (almost) never moves would be blown up to noise by it, so it falls back to minimum and
+//! maximum, and if these coincide too, to 0; [`Normalizer::fallbacks`] says where.
 
 use std::fmt;
 
@@ -181,7 +181,7 @@ impl Normalizer {
     pub fn unnormalize(&self, values: &mut [f32]) {
         self.apply(values, |rule, y| match rule {
             Rule::Keep => y,
-            Rule::Bounds { low, high } => (y + 1.0) / 2.0 * (high - low + EPSILON) + low,
+            Rule::Bounds { low, high } => (y + 1.0) * 0.5 * (high - low + EPSILON) + low,
             Rule::Gaussian { mean, std } => y * (std + EPSILON) + mean,
             Rule::Constant { value } => value,
         });

@@ -7,7 +7,7 @@ use crate::error::Error;
 /// Mean of each colour channel, for pixels in [0, 1] (CLIP's constants).
 pub const PIXEL_MEAN: [f32; 3] = [0.481_454_66, 0.457_827_5, 0.408_210_73];
 /// Standard deviation of each colour channel, for pixels in [0, 1].
-pub const PIXEL_STD: [f32; 3] = [0.268_629_54, 0.261_302_58, 0.275_777_11];
+pub const PIXEL_STD: [f32; 3] = [0.268_629_54, 0.261_302_6, 0.275_777_1];
 
 /// An RGB image of bytes, one plane after the other.
 ///

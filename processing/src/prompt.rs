@@ -62,11 +62,8 @@ impl Prompt {
 
 /// Trims the ends; if there are several lines, trims each and joins them with single spaces.
 fn one_line(text: &str) -> String {
-    text.trim()
-        .split('\n')
-        .map(str::trim)
-        .collect::<Vec<&str>>()
-        .join(" ")
+    let text = text.trim();
+    text.lines().map(str::trim).collect::<Vec<&str>>().join(" ")
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Resizing with antialiasing, as the references do it.
 //!
 //! Both rules are separable: each output pixel is a weighted sum of the input pixels below a filter
-//! that is as wide as the scale, first along rows, then along columns, in f32; the result is rounded
+//! that widens with the scale, first along rows, then along columns, in f32; the result is rounded
 //! half to even. Bilinear is torchvision's `Resize(antialias=True)`, lanczos3 is TensorFlow's
 //! `resize(method="lanczos3", antialias=True)`.
 
@@ -135,8 +135,13 @@ impl Resizer {
             .chunks_exact(image.height() * image.width())
             .zip(data.chunks_exact_mut(height * width));
         for (plane, out) in planes {
-            along_rows(plane, image.width(), &columns, &mut narrow);
-            along_columns(&narrow, width, &rows, out);
+            let (plane, taps) = ((plane, image.width()), (&*rows, &*columns));
+            match self.kind {
+                ResizeKind::BilinearShortSide => {
+                    filter_plane(plane, taps, &mut narrow, out, fused);
+                }
+                ResizeKind::Lanczos3Square => filter_plane(plane, taps, &mut narrow, out, plain),
+            }
         }
         Image::from_planes(height, width, data).expect("data has the size just computed")
     }
@@ -172,35 +177,46 @@ impl Resizer {
     }
 }
 
-/// a * b + sum, rounded once: what the reference's kernels do, and what decides ties. In f64 the
-/// product is exact; a call of `mul_add` per pixel would be slower where no such instruction is known
-/// at compile time.
+/// a * b + sum, rounded once: what torchvision's kernels do, and what decides ties. In f64 the
+/// product is exact; `mul_add` would be slower where no such instruction is known when compiling.
 fn fused(a: f32, b: f32, sum: f32) -> f32 {
     (f64::from(a) * f64::from(b) + f64::from(sum)) as f32
 }
 
-fn along_rows(plane: &[u8], width: usize, taps: &Taps, out: &mut [f32]) {
-    let rows = plane.chunks_exact(width);
-    for (row, out) in rows.zip(out.chunks_exact_mut(taps.len())) {
+/// a * b + sum, rounded twice.
+fn plain(a: f32, b: f32, sum: f32) -> f32 {
+    a * b + sum
+}
+
+/// Filters one plane along rows, then along columns. `add` is [`fused`] or [`plain`].
+///
+/// # Shapes
+/// `plane` is [any, `width`], `narrow` [any, columns], `out` [rows, columns].
+fn filter_plane(
+    (plane, width): (&[u8], usize),
+    (rows, columns): (&Taps, &Taps),
+    narrow: &mut [f32],
+    out: &mut [u8],
+    add: impl Fn(f32, f32, f32) -> f32,
+) {
+    let lines = plane.chunks_exact(width);
+    for (line, out) in lines.zip(narrow.chunks_exact_mut(columns.len())) {
         for (x, value) in out.iter_mut().enumerate() {
-            let (first, weights) = taps.at(x);
-            let pixels = &row[first..first + weights.len()];
-            let pairs = pixels.iter().zip(weights);
+            let (first, weights) = columns.at(x);
+            let pairs = line[first..first + weights.len()].iter().zip(weights);
             *value = pairs.fold(0.0, |sum, (&pixel, &weight)| {
-                fused(f32::from(pixel), weight, sum)
+                add(f32::from(pixel), weight, sum)
             });
         }
     }
-}
-
-fn along_columns(plane: &[f32], width: usize, taps: &Taps, out: &mut [u8]) {
+    let width = columns.len();
     let mut sum = vec![0.0; width];
     for (y, out) in out.chunks_exact_mut(width).enumerate() {
-        let (first, weights) = taps.at(y);
+        let (first, weights) = rows.at(y);
         sum.fill(0.0);
-        for (row, &weight) in plane[first * width..].chunks_exact(width).zip(weights) {
-            for (sum, &value) in sum.iter_mut().zip(row) {
-                *sum = fused(value, weight, *sum);
+        for (line, &weight) in narrow[first * width..].chunks_exact(width).zip(weights) {
+            for (sum, &value) in sum.iter_mut().zip(line) {
+                *sum = add(value, weight, *sum);
             }
         }
         for (byte, sum) in out.iter_mut().zip(&sum) {
@@ -245,7 +261,7 @@ mod tests {
                 let resizer = Resizer::new(ResizeKind::BilinearShortSide, side);
                 let ours = resizer.resize_square(&input).expect("square");
                 let theirs = image(&format!("output.resized_u8_{from}_to_{side}"));
-                // The file allows 1 level in 2 % of the values; the arithmetic is the same, so none.
+                // The file allows 1 level in 2 % of the values; the same arithmetic gives none.
                 assert!(ours == theirs, "{from} to {side} differs");
 
                 let values = normalize_pixels(theirs.planes());

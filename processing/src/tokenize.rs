@@ -190,7 +190,7 @@ impl Tokenizer {
     }
 }
 
-/// Returns the 1,024 tokens that Florence-2 appends to BART's vocabulary, in the order of their ids.
+/// Returns the 1,024 tokens that Florence-2 appends to BART's vocabulary, in order of their ids.
 pub fn florence_tokens() -> impl Iterator<Item = String> {
     let before = ["<od>", "</od>", "<ocr>", "</ocr>"];
     // "desciption" is how the tokens are spelled.
