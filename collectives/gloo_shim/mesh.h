@@ -74,13 +74,13 @@ class Mesh final : public gloo::transport::Context, public std::enable_shared_fr
     void abortWaitRecv() override { inner_->abortWaitRecv(); }
     void abortWaitSend() override { inner_->abortWaitSend(); }
     void send(int to, uint64_t slot, size_t offset, size_t bytes) override {
-      inner_->send(to, slot, offset, bytes);
+      mesh_->unless_aborted([&] { return inner_->send(to, slot, offset, bytes), true; });
     }
     void recv(int from, uint64_t slot, size_t offset, size_t bytes) override {
-      inner_->recv(from, slot, offset, bytes);
+      mesh_->unless_aborted([&] { return inner_->recv(from, slot, offset, bytes), true; });
     }
     void recv(std::vector<int> from, uint64_t slot, size_t offset, size_t bytes) override {
-      inner_->recv(std::move(from), slot, offset, bytes);
+      mesh_->unless_aborted([&] { return inner_->recv(from, slot, offset, bytes), true; });
     }
 
    private:
@@ -88,10 +88,15 @@ class Mesh final : public gloo::transport::Context, public std::enable_shared_fr
     const std::unique_ptr<UnboundBuffer> inner_;
   };
 
-  // A wait returns false only when it was woken by abort().
-  template <typename Wait>
-  bool unless_aborted(Wait&& wait) {
-    if (!aborted_ && wait()) return true;
+  // A wait returns false only when it was woken by abort(). What a step throws because the
+  // connections are closed is less telling than why they are.
+  template <typename Step>
+  bool unless_aborted(Step&& step) {
+    try {
+      if (!aborted_ && step()) return true;
+    } catch (...) {
+      if (!aborted_) throw;
+    }
     std::lock_guard<std::mutex> guard(lock_);
     throw gloo::IoException(reason_);
   }

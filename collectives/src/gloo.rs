@@ -381,7 +381,7 @@ impl Shared {
                 }
             };
             if let Some(news) = news {
-                let between = || ("the time between operations".to_owned(), news.clone());
+                let between = || ("the idle communicator".to_owned(), news.clone());
                 self.fate().failure.get_or_insert_with(between);
                 self.engine.abort(&news);
             }

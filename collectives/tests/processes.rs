@@ -86,11 +86,9 @@ fn one_rank() {
                 return;
             }
             let big = vec![1.0_f32; 4 << 20];
-            report(
-                &store,
-                rank,
-                comm.all_reduce(big.into(), ReduceOp::Sum).unwrap().wait(),
-            );
+            let handle = comm.all_reduce(big.into(), ReduceOp::Sum).unwrap();
+            store.set(&format!("submitted/{rank}"), b"").unwrap();
+            report(&store, rank, handle.wait());
         }
         "busy victim" => {
             // All ranks reduce without end; one of them is killed after a few rounds.
@@ -146,12 +144,17 @@ fn killing_a_rank_that_others_wait_for_names_it() {
     let server = StoreServer::bind("127.0.0.1:0").unwrap();
     let store = connect(&server);
     let mut ranks = start(&server, "idle victim", 3);
-    store.get("ready", patient()).unwrap();
+    for key in ["ready", "submitted/0", "submitted/2"] {
+        store.get(key, patient()).unwrap();
+    }
     ranks.0[1].kill().unwrap();
     for survivor in [0, 2] {
         let verdict = text(&store, &format!("verdict/{survivor}"));
         assert!(verdict.starts_with("dead: 1; "), "{verdict}");
-        assert!(verdict.contains("all-reduce (sum) number 0"), "{verdict}");
+        assert!(
+            verdict.contains("rank 1 (") && verdict.contains(", died)"),
+            "{verdict}"
+        );
     }
 }
 

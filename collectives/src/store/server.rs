@@ -194,8 +194,9 @@ fn serve(stream: TcpStream, shared: &Shared) {
     loop {
         let reply = match frame::read::<Request>(&mut reader) {
             Ok(Some(Request::Leave)) => {
-                if let Some(name) = &seat {
-                    shared.roster.leave(name);
+                // Taken, so that the seat is not lost below: it may have a new owner by then.
+                if let Some(name) = seat.take() {
+                    shared.roster.leave(&name);
                 }
                 let _ = frame::write(&mut *roster::lock(&line), &Reply::Done);
                 break;

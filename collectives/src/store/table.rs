@@ -239,8 +239,8 @@ mod tests {
     #[test]
     fn a_wait_ends_when_the_key_comes_and_leaves_no_trace() {
         let table = Table::default();
+        let long = Duration::from_secs(60);
         std::thread::scope(|scope| {
-            let long = Duration::from_secs(60);
             let waiters: Vec<_> = (0..3)
                 .map(|_| scope.spawn(|| table.get("late", long)))
                 .collect();
