@@ -540,7 +540,7 @@ fn death_at_every_stage_is_survived() {
     let place = Place::memory();
     let seen = Arc::clone(&stages);
     let process = place.process().with_stage_hook(Arc::new(move |stage| {
-        seen.lock().unwrap().push(stage.into())
+        seen.lock().unwrap().push(stage.into());
     }));
     let claim = process.claim(1).unwrap();
     save(&process, &claim, 20).unwrap();
