@@ -57,7 +57,7 @@ fn measure(megabytes: usize, address: &str, rank: u32) -> Result<Duration, Error
         communicator.barrier()?;
         let buffer = std::mem::take(&mut values).into();
         values = communicator
-            .all_reduce(buffer, ReduceOp::Max)?
+            .all_reduce(buffer, ReduceOp::Sum)?
             .wait()?
             .try_into()?;
         Ok(())

@@ -54,8 +54,8 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             backend: Backend::Auto,
-            timeout: Duration::from_secs(60),
-            join_timeout: Duration::from_secs(120),
+            timeout: Duration::from_mins(1),
+            join_timeout: Duration::from_mins(2),
             interface: String::new(),
             hostname: String::new(),
             gloo_library: PathBuf::new(),
@@ -99,7 +99,7 @@ mod tests {
     fn a_section_round_trips_and_defaults_fill_the_rest() {
         let config: Config =
             toml::from_str("join_timeout = '5m'\ninterface = 'ib0'").expect("valid");
-        assert_eq!(config.join_timeout, Duration::from_secs(300));
+        assert_eq!(config.join_timeout, Duration::from_mins(5));
         assert_eq!(config.timeout, Config::default().timeout);
         let text = toml::to_string(&config).expect("serialises");
         assert_eq!(toml::from_str::<Config>(&text).expect("parses"), config);

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 /// The longest limit that is kept; longer ones are cut, so that adding to the clock cannot fail.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+const LONGEST: Duration = Duration::from_hours(365 * 24);
 
 /// A point in time, with the limit it was made from.
 #[derive(Clone, Copy, Debug)]

@@ -275,7 +275,7 @@ mod tests {
         let error = Error::Missing {
             what: "generation 3: joining".into(),
             world: 4,
-            waited: Duration::from_secs(120),
+            waited: Duration::from_mins(2),
             missing: vec![
                 Absent {
                     rank: 1,

@@ -33,7 +33,8 @@ const INQUEST: Duration = Duration::from_secs(3);
 pub struct Gloo {
     shared: Arc<Shared>,
     jobs: Option<SyncSender<Job>>,
-    threads: Vec<JoinHandle<()>>,
+    watcher: Option<JoinHandle<()>>,
+    worker: Option<JoinHandle<()>>,
 }
 
 #[derive(Debug)]
@@ -112,25 +113,28 @@ impl Gloo {
         let mut gloo = Self {
             shared: Arc::clone(&shared),
             jobs: Some(jobs),
-            threads: Vec::new(),
+            watcher: None,
+            worker: None,
         };
-        gloo.spawn("gloo-watch", |shared| shared.watch())?;
-        gloo.spawn("gloo", move |shared| shared.work(&queue))?;
+        gloo.watcher = Some(gloo.spawn("gloo-watch", Shared::watch)?);
+        gloo.worker = Some(gloo.spawn("gloo", move |shared| shared.work(&queue))?);
         Ok(gloo)
     }
 
-    fn spawn(&mut self, name: &str, body: impl FnOnce(&Shared) + Send + 'static) -> Result<()> {
+    fn spawn(
+        &self,
+        name: &str,
+        body: impl FnOnce(&Shared) + Send + 'static,
+    ) -> Result<JoinHandle<()>> {
         let shared = Arc::clone(&self.shared);
         let rank = shared.rank;
         let spawned = std::thread::Builder::new()
             .name(name.to_owned())
             .spawn(move || body(&shared));
-        let thread = spawned.map_err(|source| {
+        spawned.map_err(|source| {
             tracing::error!(rank, name, %source, "cannot start a communication thread");
             Error::ThreadEnded { rank }
-        })?;
-        self.threads.push(thread);
-        Ok(())
+        })
     }
 
     fn submit(&self, operation: Operation, buffer: Buffer) -> Result<Handle> {
@@ -217,14 +221,14 @@ impl Drop for Gloo {
             self.shared.abort();
         }
         self.jobs = None;
-        // The communication thread was started last and must end first: it needs the watcher.
-        if let Some(thread) = self.threads.pop() {
+        // Before the good-bye: what was submitted still runs, and a failure is heard of.
+        if let Some(thread) = self.worker.take() {
             let _ = thread.join();
         }
         if let Err(error) = self.shared.presence.leave() {
             tracing::debug!(rank = self.shared.rank, %error, "left without a good-bye");
         }
-        for thread in self.threads.drain(..) {
+        if let Some(thread) = self.watcher.take() {
             let _ = thread.join();
         }
     }
@@ -250,14 +254,13 @@ impl Shared {
                 done,
             } = job;
             let known = self.error(&self.fate());
-            let result = match known {
-                Some(error) => Err(error),
-                None => {
-                    let (dtype, len) = (buffer.dtype(), buffer.len());
-                    let what = format!("{operation} number {number} of {len} x {dtype}");
-                    self.run(operation, &what, &mut buffer)
-                        .map_err(|reason| self.fail(what, reason))
-                }
+            let result = if let Some(error) = known {
+                Err(error)
+            } else {
+                let (dtype, len) = (buffer.dtype(), buffer.len());
+                let what = format!("{operation} number {number} of {len} x {dtype}");
+                self.run(operation, &what, &mut buffer)
+                    .map_err(|reason| self.fail(what, reason))
             };
             // Whoever dropped the handle does not want the buffer.
             let _ = done.send(result.map(|()| buffer.into()));

@@ -17,7 +17,7 @@ fn config(backend: Backend) -> Config {
     Config {
         backend,
         // Tests that wait for a failure must not pass because of the timeout.
-        timeout: Duration::from_secs(600),
+        timeout: Duration::from_mins(10),
         ..Config::default()
     }
 }
@@ -31,7 +31,7 @@ fn run<T: Send>(config: &Config, world: u32, body: impl Fn(Shared) -> T + Sync) 
             .map(|rank| {
                 let (address, body) = (&address, &body);
                 scope.spawn(move || {
-                    let deadline = Deadline::after(Duration::from_secs(60));
+                    let deadline = Deadline::after(Duration::from_mins(1));
                     let store = Store::connect(address, deadline).unwrap();
                     let joined = rendezvous::connect(config, &store, rank, world, 1);
                     body(joined.unwrap_or_else(|error| panic!("rank {rank}: {error}")))
@@ -347,7 +347,7 @@ fn a_rank_that_left_is_named_by_those_that_go_on() {
 #[test]
 fn joining_without_all_ranks_names_those_that_did_not_come() {
     let server = StoreServer::bind("127.0.0.1:0").unwrap();
-    let deadline = Deadline::after(Duration::from_secs(60));
+    let deadline = Deadline::after(Duration::from_mins(1));
     let store = Store::connect(&server.address().to_string(), deadline).unwrap();
     store.register_host(2, "node-c").unwrap();
     let config = Config {
@@ -365,7 +365,7 @@ fn joining_without_all_ranks_names_those_that_did_not_come() {
 #[test]
 fn backends_that_do_not_fit_are_refused_with_what_to_use() {
     let server = StoreServer::bind("127.0.0.1:0").unwrap();
-    let deadline = Deadline::after(Duration::from_secs(60));
+    let deadline = Deadline::after(Duration::from_mins(1));
     let store = Store::connect(&server.address().to_string(), deadline).unwrap();
     for (backend, words) in [
         (Backend::Nccl, "not in this build yet"),

@@ -11,7 +11,7 @@ use pollen_collectives::{
 const ROLE: &str = "COLLECTIVES_TEST_ROLE";
 
 fn patient() -> Deadline {
-    Deadline::after(Duration::from_secs(120))
+    Deadline::after(Duration::from_mins(2))
 }
 
 /// Processes that are killed, if need be, when the test ends.
@@ -61,7 +61,7 @@ fn one_rank() {
     let config = Config {
         backend: Backend::Gloo,
         // Far beyond the patience of the test: a survivor must not depend on it.
-        timeout: Duration::from_secs(3600),
+        timeout: Duration::from_hours(1),
         ..Config::default()
     };
     let comm = rendezvous::connect(&config, &store, rank, world, 1).unwrap();
@@ -93,6 +93,8 @@ fn one_rank() {
         "busy victim" => {
             // All ranks reduce without end; one of them is killed after a few rounds.
             for round in 0_u64.. {
+                // Ends this process, too, should the test be killed: then the store is gone.
+                store.set(&format!("round/{rank}"), b"").unwrap();
                 let big = vec![1.0_f32; 4 << 20];
                 let done = comm.all_reduce(big.into(), ReduceOp::Sum).unwrap().wait();
                 if done.is_err() {

@@ -9,7 +9,7 @@ use pollen_collectives::{
 use pollen_core::ErrorClass;
 
 fn long() -> Deadline {
-    Deadline::after(Duration::from_secs(60))
+    Deadline::after(Duration::from_mins(1))
 }
 
 fn short() -> Deadline {

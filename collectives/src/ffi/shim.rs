@@ -308,7 +308,7 @@ fn raw(buffer: &mut HostBuffer) -> (*mut c_void, usize) {
 
 fn millis(duration: Duration) -> i64 {
     // Gloo adds it to a clock in nanoseconds: keep far away from overflow.
-    let longest = Duration::from_secs(365 * 24 * 3600);
+    let longest = Duration::from_hours(365 * 24);
     i64::try_from(duration.min(longest).as_millis().max(1)).unwrap_or(i64::MAX)
 }
 

@@ -59,13 +59,14 @@ impl Presence {
             .reading
             .lock()
             .expect("no code panics while it reads an event");
-        let outcome = match frame::read(&mut *stream) {
+        let answer = frame::read(&mut *stream);
+        let left = *self.ended();
+        let outcome = match answer {
             Ok(Some(Reply::Event(event))) => return Ok(Some(event)),
             Ok(Some(Reply::Done)) => Ok(None),
+            _ if left => Ok(None),
             Ok(Some(other)) => Err(self.store.unexpected(&other)),
-            Ok(None) if *self.ended() => Ok(None),
             Ok(None) => Err(self.store.lost(std::io::ErrorKind::UnexpectedEof.into())),
-            Err(_) if *self.ended() => Ok(None),
             Err(error) => Err(self.store.frame_error(error)),
         };
         *self.ended() = true;

@@ -329,7 +329,7 @@ mod tests {
     fn dropping_the_server_ends_waiting_requests_and_frees_the_port() {
         let server = StoreServer::bind("127.0.0.1:0").expect("binds");
         let address = server.address().to_string();
-        let long = Deadline::after(Duration::from_secs(600));
+        let long = Deadline::after(Duration::from_mins(10));
         let store = Store::connect(&address, long).expect("connects");
         std::thread::scope(|scope| {
             let waiting = scope.spawn(|| store.get("never", long));

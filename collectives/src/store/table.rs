@@ -68,37 +68,11 @@ impl Table {
     }
 
     pub(super) fn get(&self, key: &str, wait: Duration) -> Reply {
-        let state = self.wait_for(self.lock(), key, Deadline::after(wait));
+        let state = wait_for(self.lock(), key, Deadline::after(wait));
         match state.entries.get(key) {
             Some(value) => Reply::Value(value.clone()),
             None => Reply::Absent,
         }
-    }
-
-    /// Returns once `key` is present, the deadline has passed or the table is closing.
-    fn wait_for<'a>(
-        &self,
-        mut state: MutexGuard<'a, State>,
-        key: &str,
-        deadline: Deadline,
-    ) -> MutexGuard<'a, State> {
-        while !state.entries.contains_key(key) && !state.closing && !deadline.has_passed() {
-            let condition = Arc::clone(state.waiting.entry(key.to_owned()).or_default());
-            state = condition
-                .wait_timeout(state, deadline.remaining())
-                .expect("no code panics while it holds the table")
-                .0;
-            // Two owners are this thread and the map: nobody else waits.
-            if Arc::strong_count(&condition) == 2
-                && state
-                    .waiting
-                    .get(key)
-                    .is_some_and(|c| Arc::ptr_eq(c, &condition))
-            {
-                state.waiting.remove(key);
-            }
-        }
-        state
     }
 
     /// Adds to a decimal number, which starts at zero.
@@ -161,7 +135,7 @@ impl Table {
         let deadline = Deadline::after(wait);
         let mut state = self.lock();
         for rank in 0..world {
-            state = self.wait_for(state, &format!("{prefix}{rank}"), deadline);
+            state = wait_for(state, &format!("{prefix}{rank}"), deadline);
         }
         let mut values = Vec::new();
         let mut missing = Vec::new();
@@ -184,6 +158,31 @@ impl Table {
             Reply::MissingRanks(missing)
         }
     }
+}
+
+/// Returns once `key` is present, the deadline has passed or the table is closing.
+fn wait_for<'a>(
+    mut state: MutexGuard<'a, State>,
+    key: &str,
+    deadline: Deadline,
+) -> MutexGuard<'a, State> {
+    while !state.entries.contains_key(key) && !state.closing && !deadline.has_passed() {
+        let condition = Arc::clone(state.waiting.entry(key.to_owned()).or_default());
+        state = condition
+            .wait_timeout(state, deadline.remaining())
+            .expect("no code panics while it holds the table")
+            .0;
+        // Two owners are this thread and the map: nobody else waits.
+        if Arc::strong_count(&condition) == 2
+            && state
+                .waiting
+                .get(key)
+                .is_some_and(|c| Arc::ptr_eq(c, &condition))
+        {
+            state.waiting.remove(key);
+        }
+    }
+    state
 }
 
 #[cfg(test)]
@@ -239,7 +238,7 @@ mod tests {
     #[test]
     fn a_wait_ends_when_the_key_comes_and_leaves_no_trace() {
         let table = Table::default();
-        let long = Duration::from_secs(60);
+        let long = Duration::from_mins(1);
         std::thread::scope(|scope| {
             let waiters: Vec<_> = (0..3)
                 .map(|_| scope.spawn(|| table.get("late", long)))
@@ -275,7 +274,7 @@ mod tests {
     fn closing_lets_waiters_go() {
         let table = Table::default();
         std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| table.get("never", Duration::from_secs(600)));
+            let waiter = scope.spawn(|| table.get("never", Duration::from_mins(10)));
             table.close();
             assert_eq!(waiter.join().expect("no panic"), Reply::Absent);
         });
