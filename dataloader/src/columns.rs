@@ -107,10 +107,10 @@ pub(crate) async fn read_columns(
         .with_projection(ProjectionMask::leaves(schema, leaves))
         .with_batch_size(BATCH_ROWS)
         .build()
-        .map_err(|e| name.bad(e))?;
+        .map_err(|e| name.bad(e.to_string()))?;
     let mut all = FileColumns::default();
     for batch in reader {
-        let batch = batch.map_err(|e| name.bad(e))?;
+        let batch = batch.map_err(|e| name.bad(e.to_string()))?;
         all.episode.extend(integers(&batch, "episode_index", name)?);
         all.frame.extend(integers(&batch, "frame_index", name)?);
         all.task.extend(integers(&batch, "task_index", name)?);

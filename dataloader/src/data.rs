@@ -239,9 +239,10 @@ impl Data {
         let chunk = prepare.chunk(&columns.action, row, rows_left, action_horizon);
         let chunk = chunk.map_err(|reason| dataset.bad_frame(sample, reason))?;
         let width = dataset.action_space().dim();
-        let real_steps = match self.config.mask_padding {
-            true => rows_left,
-            false => action_horizon,
+        let real_steps = if self.config.mask_padding {
+            rows_left
+        } else {
+            action_horizon
         };
         let valid = &mut batch.valid[slot * entries..(slot + 1) * entries];
         for (step, action) in chunk.chunks_exact(width).enumerate() {

@@ -245,9 +245,10 @@ impl Dataset {
     ///
     /// With `mask_padding`, steps past the end of the episode do not.
     pub fn valid_entries(&self, sample: SampleRef, horizon: usize, mask_padding: bool) -> u64 {
-        let steps = match mask_padding {
-            true => (horizon as u64).min(self.rows_left(sample.frame)),
-            false => horizon as u64,
+        let steps = if mask_padding {
+            (horizon as u64).min(self.rows_left(sample.frame))
+        } else {
+            horizon as u64
         };
         steps * self.space.dim() as u64
     }
@@ -367,12 +368,12 @@ impl Dataset {
     }
 
     /// Names a frame in an error.
-    pub(crate) fn bad_frame(&self, sample: SampleRef, reason: impl ToString) -> Error {
+    pub(crate) fn bad_frame(&self, sample: SampleRef, reason: impl Into<String>) -> Error {
         Error::Frame {
             dataset: self.name.clone(),
             episode: sample.episode,
             frame: sample.frame,
-            reason: reason.to_string(),
+            reason: reason.into(),
         }
     }
 }
@@ -399,9 +400,10 @@ fn feature_faults(
         found
     };
     let action = known("action", &config.action).cloned();
-    let state = match config.state.is_empty() {
-        true => None,
-        false => known("state", &config.state).cloned(),
+    let state = if config.state.is_empty() {
+        None
+    } else {
+        known("state", &config.state).cloned()
     };
     let images: Vec<_> = cameras
         .iter()

@@ -8,6 +8,7 @@ use arrow_array::{Array, RecordBatch};
 use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use parquet::errors::ParquetError;
 use pollen_storage::Storage;
 use serde::Deserialize;
 
@@ -72,7 +73,7 @@ pub struct Metadata {
 pub(crate) async fn read_metadata(storage: &Storage, dataset: &str) -> Result<Metadata> {
     let name = file(dataset, "meta/info.json");
     let bytes = get(storage, &name).await?;
-    let info: Info = serde_json::from_slice(&bytes).map_err(|e| name.bad(e))?;
+    let info: Info = serde_json::from_slice(&bytes).map_err(|e| name.bad(e.to_string()))?;
     if !info.codebase_version.starts_with("v3.") {
         return Err(name.bad(format!(
             "codebase_version is {}; Pollen reads v3.0, convert it with `pollen data convert`",
@@ -113,13 +114,13 @@ fn file(dataset: &str, path: &str) -> FileName {
 }
 
 async fn get(storage: &Storage, name: &FileName) -> Result<Bytes> {
-    storage
-        .get(&name.path)
-        .await
-        .map_err(|source| match source.is_not_found() {
-            true => name.bad("is missing; is this the folder of a LeRobotDataset v3.0?"),
-            false => name.failed(source),
-        })
+    storage.get(&name.path).await.map_err(|source| {
+        if source.is_not_found() {
+            name.bad("is missing; is this the folder of a LeRobotDataset v3.0?")
+        } else {
+            name.failed(source)
+        }
+    })
 }
 
 fn parse_tasks(bytes: Bytes, name: &FileName) -> Result<Vec<String>> {
@@ -172,11 +173,13 @@ fn parse_episodes(bytes: Bytes, name: &FileName) -> Result<Vec<Episode>> {
 
 /// Reads some root columns of a small Parquet file.
 fn read_columns(bytes: Bytes, name: &FileName, columns: &[&str]) -> Result<Vec<RecordBatch>> {
-    let bad = |error| name.bad(error);
+    let bad = |error: ParquetError| name.bad(error.to_string());
     let builder = ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(bad)?;
     let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
     let reader = builder.with_projection(mask).build().map_err(bad)?;
-    reader.map(|batch| batch.map_err(|e| name.bad(e))).collect()
+    reader
+        .map(|batch| batch.map_err(|e| name.bad(e.to_string())))
+        .collect()
 }
 
 /// Returns a column of whole numbers of at least 0.

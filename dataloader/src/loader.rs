@@ -163,10 +163,13 @@ impl HoldoutLoader {
         batch: usize,
         runtime: &Handle,
     ) -> Self {
-        let plans: Vec<Plan> = samples.chunks(batch.max(1)).map(<[_]>::to_vec).collect();
+        let batch = batch.max(1);
+        let left = samples.len().div_ceil(batch);
+        let mut samples = samples.into_iter();
+        let plans = (0..left).map(move |_| samples.by_ref().take(batch).collect::<Plan>());
         Self {
-            left: plans.len(),
-            pipeline: Pipeline::start(data, plans.into_iter(), None, runtime),
+            left,
+            pipeline: Pipeline::start(data, plans, None, runtime),
         }
     }
 

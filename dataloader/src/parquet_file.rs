@@ -26,11 +26,11 @@ pub(crate) struct FileName {
 }
 
 impl FileName {
-    pub(crate) fn bad(&self, reason: impl ToString) -> Error {
+    pub(crate) fn bad(&self, reason: impl Into<String>) -> Error {
         Error::File {
             dataset: self.dataset.clone(),
             path: self.path.clone(),
-            reason: reason.to_string(),
+            reason: reason.into(),
         }
     }
 
@@ -72,8 +72,9 @@ pub(crate) async fn read_footer(
             .await
             .map_err(failed)?
     };
-    let metadata = ParquetMetaDataReader::decode_metadata(&bytes).map_err(|e| name.bad(e))?;
-    with_views(Arc::new(metadata)).map_err(|e| name.bad(e))
+    let metadata =
+        ParquetMetaDataReader::decode_metadata(&bytes).map_err(|e| name.bad(e.to_string()))?;
+    with_views(Arc::new(metadata)).map_err(|e| name.bad(e.to_string()))
 }
 
 fn footer_len(tail: &[u8]) -> Option<u64> {

@@ -129,7 +129,7 @@ pub(crate) struct RowGroupCache {
 
 #[derive(Debug, Default)]
 struct Slots {
-    slots: HashMap<Key, Slot>,
+    open: HashMap<Key, Slot>,
     bytes: u64,
     clock: u64,
 }
@@ -163,7 +163,7 @@ impl RowGroupCache {
             let mut slots = self.lock();
             slots.clock += 1;
             let used = slots.clock;
-            let slot = slots.slots.entry(key).or_default();
+            let slot = slots.open.entry(key).or_default();
             slot.used = used;
             Arc::clone(&slot.cell)
         };
@@ -181,20 +181,18 @@ impl RowGroupCache {
 
     fn account(&self, key: Key, bytes: u64) {
         let mut slots = self.lock();
-        let Some(slot) = slots.slots.get_mut(&key).filter(|slot| slot.bytes == 0) else {
+        let Some(slot) = slots.open.get_mut(&key).filter(|slot| slot.bytes == 0) else {
             return;
         };
         slot.bytes = bytes.max(1);
         slots.bytes += bytes.max(1);
         while slots.bytes > self.capacity {
-            let open = slots
-                .slots
-                .iter()
-                .filter(|(k, slot)| slot.bytes > 0 && **k != key);
-            let Some(oldest) = open.min_by_key(|(_, slot)| slot.used).map(|(k, _)| *k) else {
+            let others = slots.open.iter();
+            let others = others.filter(|(k, slot)| slot.bytes > 0 && **k != key);
+            let Some(oldest) = others.min_by_key(|(_, slot)| slot.used).map(|(k, _)| *k) else {
                 break;
             };
-            if let Some(slot) = slots.slots.remove(&oldest) {
+            if let Some(slot) = slots.open.remove(&oldest) {
                 slots.bytes -= slot.bytes;
             }
         }

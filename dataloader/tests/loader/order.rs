@@ -1,5 +1,6 @@
 //! The order of samples through real loaders: worlds, restarts, epochs.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use crate::support::{GLOBAL_BATCH, Spec, config, demo_jpegs, loader, open, runtime, take};
@@ -117,8 +118,11 @@ fn a_sample_does_not_depend_on_the_rank_or_the_threads() {
     assert_eq!(samples(&one), samples(&three));
 }
 
+/// Index, images, actions, valid entries, token ids and proprioception.
+type Tensors = (u64, Vec<u8>, Vec<u32>, Vec<u8>, Vec<i64>, Vec<u32>);
+
 /// All tensors of each sample, by sample.
-fn samples(batches: &[HostBatch]) -> Vec<(u64, Vec<u8>, Vec<u32>, Vec<u8>, Vec<i64>, Vec<u32>)> {
+fn samples(batches: &[HostBatch]) -> Vec<Tensors> {
     let mut all = Vec::new();
     for batch in batches {
         let (n, bits) = (batch.dims.batch, |v: &[f32]| {
@@ -144,24 +148,36 @@ fn samples(batches: &[HostBatch]) -> Vec<(u64, Vec<u8>, Vec<u32>, Vec<u8>, Vec<i
 fn a_row_group_is_opened_by_one_rank() {
     let dir = tempfile::tempdir().unwrap();
     let runtime = runtime();
-    let (specs, data) = two_datasets(dir.path(), &runtime);
-    // Room for everything: each rank reads a row group at most once.
+    let specs = [Spec::new("alpha", &Arc::new(demo_jpegs()))];
+    specs[0].write(dir.path());
+    let data = open(&runtime, &config(dir.path(), &specs)).unwrap();
+    let (world_size, steps) = (3, 6);
+    // Room for everything: what a rank holds in the end is what it fetched.
     let mut roomy = config(dir.path(), &specs);
     roomy.cache_bytes = bytesize::ByteSize::mib(64);
-    let data_bytes: u64 = data
-        .datasets()
-        .iter()
-        .flat_map(|d| &d.sidecar().files)
-        .map(|file| file.bytes)
-        .sum();
-    let mut held = 0;
-    for rank in 0..3 {
+    roomy.prefetch_batches = 1;
+    let mut fetched = 0;
+    for rank in 0..world_size {
         let data = open(&runtime, &roomy).unwrap();
-        take(&mut loader(&runtime, &data, (rank, 3), 0), 10);
-        held += data.cached_bytes();
+        take(&mut loader(&runtime, &data, (rank, world_size), 0), steps);
+        fetched += data.cached_bytes();
     }
+    // The same batches, handed out in the order of their samples.
+    let mixture = data.mixture(pollen_core::Seed::new(11)).unwrap();
+    let mut opened = vec![BTreeSet::new(); world_size];
+    let share = GLOBAL_BATCH / world_size;
+    for step in 0..steps {
+        let batch = mixture.global_batch(step as u64, GLOBAL_BATCH);
+        for (rank, slice) in batch.chunks(share).enumerate() {
+            opened[rank].extend(slice.iter().map(|(_, s)| (s.dataset, s.row_group)));
+        }
+    }
+    let bytes = |&(dataset, group): &(u32, u32)| {
+        data.datasets()[dataset as usize].frames(false)[group as usize].bytes
+    };
+    let unsorted: u64 = opened.iter().flatten().map(bytes).sum();
     assert!(
-        held < 2 * data_bytes,
-        "3 ranks read {held} bytes of {data_bytes} in less than an epoch"
+        fetched * 4 < unsorted * 3,
+        "sorted {fetched} bytes, unsorted {unsorted}"
     );
 }
