@@ -43,27 +43,27 @@ pub struct BatchDims {
 pub struct HostBatch {
     /// The sizes.
     pub dims: BatchDims,
-    /// [B]: the samples' numbers in the run, the key of all that is random about them.
+    /// `[B]`: the samples' numbers in the run, the key of all that is random about them.
     pub sample_indices: Vec<u64>,
-    /// [B]: where they come from.
+    /// `[B]`: where they come from.
     pub samples: Vec<SampleRef>,
-    /// [B, N, 3, S, S]: RGB bytes, not yet scaled; zero for a camera that is not there.
+    /// `[B, N, 3, S, S]`: RGB bytes, not yet scaled; zero for a camera that is not there.
     pub images: Vec<u8>,
-    /// [B, N]: whether the dataset has the camera.
+    /// `[B, N]`: whether the dataset has the camera.
     pub camera_present: Vec<bool>,
-    /// [B, T]: token ids of the prompt, padded on the right.
+    /// `[B, T]`: token ids of the prompt, padded on the right.
     pub input_ids: Vec<i64>,
-    /// [B, T]: 1 for a token, 0 for padding.
+    /// `[B, T]`: 1 for a token, 0 for padding.
     pub text_mask: Vec<u8>,
-    /// [B, H, A]: normalised actions, zero beyond the sample's action space.
+    /// `[B, H, A]`: normalised actions, zero beyond the sample's action space.
     pub actions: Vec<f32>,
-    /// [B, H, A]: 1 for an entry that counts in the loss.
+    /// `[B, H, A]`: 1 for an entry that counts in the loss.
     pub valid: Vec<u8>,
-    /// [B]: position of the sample's action space among the model's.
+    /// `[B]`: position of the sample's action space among the model's.
     pub spaces: Vec<u32>,
-    /// [B, P]: normalised proprioception, zero where the action space shows none.
+    /// `[B, P]`: normalised proprioception, zero where the action space shows none.
     pub proprio: Vec<f32>,
-    /// [B]: control frequency in hertz.
+    /// `[B]`: control frequency in hertz.
     pub frequency_hz: Vec<f32>,
 }
 
@@ -98,7 +98,7 @@ impl HostBatch {
     /// Puts in the image of one camera of one sample.
     ///
     /// # Shapes
-    /// `planes` is [3, S, S].
+    /// `planes` is `[3, S, S]`.
     pub(crate) fn set_image(&mut self, slot: usize, camera: usize, planes: &[u8]) {
         let at = slot * self.dims.cameras + camera;
         self.images[at * planes.len()..(at + 1) * planes.len()].copy_from_slice(planes);

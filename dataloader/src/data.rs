@@ -309,7 +309,7 @@ impl Data {
     /// a space without data. Reads low-dimensional columns only.
     ///
     /// # Shapes
-    /// [H, A], zero beyond the space.
+    /// `[H, A]`, zero beyond the space.
     pub async fn mean_chunks(&self, mixture: &Mixture) -> Result<Vec<Option<Vec<f32>>>> {
         let ModelShape {
             action_horizon,

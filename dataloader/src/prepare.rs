@@ -122,7 +122,7 @@ impl Prepare {
 /// The token ids of one prompt.
 ///
 /// # Shapes
-/// [T] each.
+/// `[T]` each.
 #[derive(Debug)]
 pub(crate) struct Tokens {
     pub(crate) ids: Vec<i64>,
