@@ -154,15 +154,15 @@ impl WorkerEnv {
             .or(one_per_node.then_some(1))
             .ok_or_else(|| needed("local-world-size", starter.local_world_size))?;
         let index: Option<u32> = reader.number(starter.rank)?;
-        let rank = match (flags.rank, index) {
-            (Some(rank), _) => rank,
+        let index = match index {
             // The index counts pods; a pod may hold several workers.
-            (None, Some(pod)) if starter.rank == "JOB_COMPLETION_INDEX" => {
-                pod * local_world_size + local_rank
-            }
-            (None, Some(rank)) => rank,
-            (None, None) => 0,
+            Some(pod) if starter.rank == "JOB_COMPLETION_INDEX" => pod
+                .saturating_mul(local_world_size)
+                .saturating_add(local_rank),
+            Some(rank) => rank,
+            None => 0,
         };
+        let rank = flags.rank.unwrap_or(index);
         let node_rank = flags
             .node_rank
             .map_or_else(|| reader.first(starter.node_rank), |rank| Ok(Some(rank)))?

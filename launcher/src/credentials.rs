@@ -49,7 +49,10 @@ fn random_hex(bytes: usize) -> Result<String, Error> {
     let mut random = vec![0; bytes];
     getrandom::fill(&mut random)
         .map_err(|error| Error::system("draw random numbers")(std::io::Error::other(error)))?;
-    Ok(random.iter().map(|byte| format!("{byte:02x}")).collect())
+    let digits = random.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    Ok(digits
+        .filter_map(|digit| char::from_digit(u32::from(digit), 16))
+        .collect())
 }
 
 #[cfg(test)]

@@ -91,7 +91,7 @@ pub enum Error {
         /// The address.
         address: String,
         /// The store's reason.
-        source: pollen_collectives::Error,
+        source: Box<pollen_collectives::Error>,
     },
     /// The event file could not be used.
     #[error(transparent)]

@@ -74,8 +74,8 @@ mod tests {
     fn only_the_end_is_shown() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("rank-1.g2.log");
-        let text: String = (0..100_000).map(|line| format!("line {line}\n")).collect();
-        std::fs::write(&path, text).unwrap();
+        let lines: Vec<String> = (0..100_000).map(|line| format!("line {line}")).collect();
+        std::fs::write(&path, lines.join("\n")).unwrap();
         let tail = LogTail::read(1, &path, 2);
         assert_eq!(tail.lines, ["line 99998", "line 99999"]);
         assert!(tail.to_string().contains("rank 1"), "{tail}");

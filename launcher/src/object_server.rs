@@ -38,7 +38,7 @@ pub const WEED: &str = "POLLEN_WEED";
 pub const INSTALLED: &str = ".pollen/seaweedfs/bin/weed";
 
 /// Time for a server to become ready; it takes about a second.
-const READY: Duration = Duration::from_secs(60);
+const READY: Duration = Duration::from_mins(1);
 /// Time for a server left by somebody else to answer.
 const ANSWER: Duration = Duration::from_secs(5);
 /// Time between SIGTERM and SIGKILL.

@@ -142,7 +142,7 @@ mod tests {
         assert!(id.is_alive());
         child.kill().unwrap();
         assert!(
-            id.wait_gone(Duration::from_secs(60)),
+            id.wait_gone(Duration::from_mins(1)),
             "killed, not yet reaped"
         );
         assert_eq!(Exit::from(child.wait().unwrap()), Exit::Signal(9));

@@ -132,6 +132,7 @@ impl Supervisor {
     /// Runs a job to its end. Call it on a thread that lives until the process ends: workers die
     /// with the thread that started them.
     pub fn run(&mut self, job: Job<'_>, observer: &mut dyn Observer) -> Result<Outcome, Error> {
+        let mut job = job;
         job.config.check()?;
         let hosted = host_store(job.config)?;
         let (master_addr, master_port) = match (&hosted, &job.config.store) {
@@ -194,7 +195,7 @@ impl Supervisor {
                 watch.poll();
                 continue;
             }
-            return finish(job, &log, verdict, restarts, &mut watch);
+            return finish(&mut job, &log, verdict, restarts, &mut watch);
         }
     }
 }
@@ -206,13 +207,13 @@ fn host_store(config: &Config) -> Result<Option<StoreServer>, Error> {
     }
     let server = StoreServer::bind(ADDRESS).map_err(|source| Error::Store {
         address: ADDRESS.into(),
-        source,
+        source: Box::new(source),
     })?;
     Ok(Some(server))
 }
 
 fn finish(
-    job: Job<'_>,
+    job: &mut Job<'_>,
     log: &EventLog,
     verdict: Verdict,
     restarts: u32,

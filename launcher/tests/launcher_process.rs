@@ -14,7 +14,7 @@ use pollen_launcher::{
 };
 use pollen_observe::Record;
 
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_mins(2);
 /// Set for the copies of this binary; its value is their folder.
 const FOLDER: &str = "POLLEN_TEST_FOLDER";
 

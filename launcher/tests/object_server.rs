@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use pollen_launcher::{Error, ObjectServer, ProcessId, find_weed};
 
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_mins(2);
 
 fn weed() -> PathBuf {
     let checkout = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");

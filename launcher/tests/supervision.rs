@@ -15,7 +15,7 @@ use pollen_launcher::{
 use pollen_observe::{Event, Record, read_events};
 
 /// Far longer than anything here takes.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_mins(2);
 
 /// Shell functions for workers: `event KIND FIELDS` appends a record, `wait_for FILE` waits.
 const PRELUDE: &str = r#"
@@ -285,7 +285,7 @@ fn one_stop_reaches_each_worker_once_and_they_save() {
 #[test]
 fn a_second_stop_kills_at_once() {
     let mut bench = Bench::new(2);
-    let script = r#"trap '' TERM; ready; hang"#;
+    let script = r"trap '' TERM; ready; hang";
     let (outcome, _) = bench.run(script, Reaction::StopTwice(StopSignal::Terminate));
     // Not 85: nothing was saved.
     assert_eq!(outcome.exit, ExitCode::Infrastructure);
@@ -300,7 +300,7 @@ fn a_second_stop_kills_at_once() {
 fn workers_that_ignore_a_stop_are_killed_after_the_grace() {
     let mut bench = Bench::new(2);
     bench.config.grace = Duration::from_millis(100);
-    let script = r#"trap '' INT TERM; ready; hang"#;
+    let script = r"trap '' INT TERM; ready; hang";
     let (outcome, watcher) = bench.run(script, Reaction::Stop(StopSignal::Interrupt));
     assert_eq!(outcome.exit, ExitCode::Interrupted);
     let told = watcher
@@ -369,6 +369,11 @@ fn an_observer_that_panics_leaves_no_worker_behind() {
 
 #[test]
 fn a_program_that_does_not_exist_is_named() {
+    struct Quiet;
+    impl Observer for Quiet {
+        fn records(&mut self, _: &[Record]) {}
+        fn say(&mut self, _: &str) {}
+    }
     let mut bench = Bench::new(2);
     let lock = bench.run.lock().unwrap();
     let job = Job {
@@ -381,11 +386,6 @@ fn a_program_that_does_not_exist_is_named() {
         },
         steps: 10,
     };
-    struct Quiet;
-    impl Observer for Quiet {
-        fn records(&mut self, _: &[Record]) {}
-        fn say(&mut self, _: &str) {}
-    }
     let error = Supervisor::default().run(job, &mut Quiet).unwrap_err();
     assert!(
         error.to_string().contains("rank 0 (/nonexistent/pollen)"),
