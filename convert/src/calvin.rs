@@ -48,13 +48,12 @@ pub(crate) struct Calvin {
 
 impl Calvin {
     pub(crate) async fn open(storage: Storage, split: Option<&str>) -> Result<Self> {
-        let (storage, ids) = match get_if_present(&storage, IDS).await? {
-            Some(ids) => (storage, ids),
-            None => {
-                let storage = storage.join(split.unwrap_or("training"));
-                let ids = storage.get(IDS).await?;
-                (storage, ids)
-            }
+        let (storage, ids) = if let Some(ids) = get_if_present(&storage, IDS).await? {
+            (storage, ids)
+        } else {
+            let storage = storage.join(split.unwrap_or("training"));
+            let ids = storage.get(IDS).await?;
+            (storage, ids)
         };
         let reader = Reader::new(storage.clone());
         let failed = |e: Malformed| Error::corrupt(reader.name(IDS), e.offset, e.reason);

@@ -32,24 +32,19 @@ fn flatten(array: &ArrayRef, values: &mut Vec<f32>) -> Result<(), String> {
         return Err("a value is missing".into());
     }
     macro_rules! primitive {
-        ($kind:ty) => {
-            values.extend(
-                array
-                    .as_primitive::<$kind>()
-                    .values()
-                    .iter()
-                    .map(|v| *v as f32),
-            )
-        };
+        ($kind:ty, $convert:expr) => {{
+            let numbers = array.as_primitive::<$kind>().values();
+            values.extend(numbers.iter().copied().map($convert));
+        }};
     }
     match array.data_type() {
-        DataType::Float32 => primitive!(Float32Type),
-        DataType::Float64 => primitive!(Float64Type),
-        DataType::Int8 => primitive!(Int8Type),
-        DataType::Int16 => primitive!(Int16Type),
-        DataType::Int32 => primitive!(Int32Type),
-        DataType::Int64 => primitive!(Int64Type),
-        DataType::UInt8 => primitive!(UInt8Type),
+        DataType::Float32 => primitive!(Float32Type, f32::from),
+        DataType::Float64 => primitive!(Float64Type, |v| v as f32),
+        DataType::Int8 => primitive!(Int8Type, f32::from),
+        DataType::Int16 => primitive!(Int16Type, f32::from),
+        DataType::Int32 => primitive!(Int32Type, |v| v as f32),
+        DataType::Int64 => primitive!(Int64Type, |v| v as f32),
+        DataType::UInt8 => primitive!(UInt8Type, f32::from),
         DataType::Boolean => {
             let array = array.as_boolean();
             values.extend(array.values().iter().map(|v| f32::from(u8::from(v))));

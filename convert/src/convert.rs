@@ -200,15 +200,14 @@ pub async fn convert(
 async fn open_source(args: &ConvertArgs) -> Result<(SourceKind, Box<dyn Source>)> {
     let url = &args.source;
     let mut storage = Storage::open(url, &args.storage, Arc::clone(&args.observer))?;
-    let kind = match args.kind {
-        Some(kind) => kind,
-        None => {
-            let (kind, folder) = detect(url, &storage).await?;
-            if !folder.is_empty() {
-                storage = storage.join(&folder);
-            }
-            kind
+    let kind = if let Some(kind) = args.kind {
+        kind
+    } else {
+        let (kind, folder) = detect(url, &storage).await?;
+        if !folder.is_empty() {
+            storage = storage.join(&folder);
         }
+        kind
     };
     let split = args.split.as_deref();
     if split.is_some() && matches!(kind, SourceKind::LeRobot | SourceKind::Hdf5) {

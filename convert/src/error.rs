@@ -1,5 +1,7 @@
 //! What went wrong, in which file, and what to change.
 
+use std::fmt;
+
 use pollen_core::ErrorClass;
 
 /// What this crate returns.
@@ -95,14 +97,14 @@ impl Error {
         }
     }
 
-    pub(crate) fn invalid(file: impl Into<String>, reason: impl ToString) -> Self {
+    pub(crate) fn invalid(file: impl Into<String>, reason: impl fmt::Display) -> Self {
         Self::Invalid {
             file: file.into(),
             reason: reason.to_string(),
         }
     }
 
-    pub(crate) fn corrupt(file: impl Into<String>, offset: u64, reason: impl ToString) -> Self {
+    pub(crate) fn corrupt(file: impl Into<String>, offset: u64, reason: impl fmt::Display) -> Self {
         Self::Corrupt {
             file: file.into(),
             offset,

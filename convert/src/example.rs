@@ -226,7 +226,7 @@ impl<'a> Fields<'a> {
                 let length = self.varint()?;
                 Value::Message(self.take(length)?)
             }
-            kind => return Err(self.malformed(start, format!("no field has the type {kind}"))),
+            kind => return Err(malformed(start, format!("no field has the type {kind}"))),
         };
         let number = tag >> 3;
         Ok(Some(Field { number, value }))
@@ -237,7 +237,7 @@ impl<'a> Fields<'a> {
         let mut value = 0;
         for shift in (0..70).step_by(7) {
             let Some(byte) = self.bytes[..self.end].get(self.at) else {
-                return Err(self.malformed(start, "a number ends early"));
+                return Err(malformed(start, "a number ends early"));
             };
             self.at += 1;
             if shift < 64 {
@@ -247,25 +247,25 @@ impl<'a> Fields<'a> {
                 return Ok(value);
             }
         }
-        Err(self.malformed(start, "a number is longer than ten bytes"))
+        Err(malformed(start, "a number is longer than ten bytes"))
     }
 
     fn take(&mut self, length: u64) -> Result<Range<usize>> {
         let left = (self.end - self.at) as u64;
         if length > left {
             let reason = format!("{length} bytes are announced and {left} are left");
-            return Err(self.malformed(self.at, reason));
+            return Err(malformed(self.at, reason));
         }
         let start = self.at;
         self.at += length as usize;
         Ok(start..self.at)
     }
+}
 
-    fn malformed(&self, offset: usize, reason: impl Into<String>) -> Malformed {
-        Malformed {
-            offset,
-            reason: reason.into(),
-        }
+fn malformed(offset: usize, reason: impl Into<String>) -> Malformed {
+    Malformed {
+        offset,
+        reason: reason.into(),
     }
 }
 

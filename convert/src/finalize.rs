@@ -6,6 +6,8 @@
 //! all of it  -> meta/tasks.parquet, meta/episodes/, meta/stats.json, meta/info.json
 //! ```
 
+use std::sync::Arc;
+
 use arrow_array::cast::AsArray;
 use arrow_array::types::{Float32Type, Int64Type};
 use arrow_array::{Array, RecordBatch};
@@ -65,9 +67,9 @@ pub(crate) fn finalize(
     let mut stats: Vec<(String, Value)> = Vec::new();
     for (camera, feature) in spec.cameras.iter().enumerate() {
         let mut all = ColorHistogram::default();
-        files
-            .iter()
-            .for_each(|file| all.merge(&file.histograms[camera]));
+        for file in files {
+            all.merge(&file.histograms[camera]);
+        }
         stats.push((feature.name.clone(), image_stats(&all, num_frames)));
     }
     for (name, column) in names.iter().zip(&columns) {
@@ -191,8 +193,8 @@ fn numbers_of(spec: &DatasetSpec, batch: &RecordBatch) -> Result<Vec<Values>, St
             .column_by_name(name)
             .ok_or_else(|| format!("{name} is missing"))?;
         let (width, values) = match column.as_fixed_size_list_opt() {
-            Some(list) => (list.value_length() as usize, list.values().clone()),
-            None => (1, column.clone()),
+            Some(list) => (list.value_length() as usize, Arc::clone(list.values())),
+            None => (1, Arc::clone(column)),
         };
         let values: Vec<f64> = if let Some(floats) = values.as_primitive_opt::<Float32Type>() {
             floats
@@ -209,9 +211,10 @@ fn numbers_of(spec: &DatasetSpec, batch: &RecordBatch) -> Result<Vec<Values>, St
         } else {
             return Err(format!("{name} is {}", values.data_type()));
         };
-        match values.len() == width * batch.num_rows() && column.null_count() == 0 {
-            true => Ok((width, values)),
-            false => Err(format!("{name} has {} values", values.len())),
+        if values.len() == width * batch.num_rows() && column.null_count() == 0 {
+            Ok((width, values))
+        } else {
+            Err(format!("{name} has {} values", values.len()))
         }
     });
     columns.collect()

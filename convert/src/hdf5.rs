@@ -59,7 +59,7 @@ impl Hdf5 {
     fn open_path(path: &Path) -> Result<Self> {
         let files = files_of(path)?;
         let mut profile = Profile::default();
-        let mut demos = Vec::new();
+        let (mut demos, mut prints) = (Vec::new(), Vec::new());
         for path in files {
             let name = path.display().to_string();
             let file = File::open_streaming(&path).map_err(|e| bad(&name, e))?;
@@ -93,7 +93,7 @@ impl Hdf5 {
                 profile = profile_of(&demo, libero, late).map_err(|e| bad(&name, e))?;
             }
             let size = file.file_size();
-            profile.fingerprint += &format!("hdf5 {name} {size} {}; ", groups.len());
+            prints.push(format!("hdf5 {name} {size} {}", groups.len()));
             let file = Arc::new(DemoFile {
                 path,
                 instruction,
@@ -105,6 +105,7 @@ impl Hdf5 {
             }));
         }
         profile.num_episodes = Some(demos.len() as u64);
+        profile.fingerprint = prints.join("; ");
         Ok(Self {
             profile,
             demos,
@@ -255,12 +256,13 @@ fn files_of(path: &Path) -> Result<Vec<PathBuf>> {
         }
     }
     files.sort();
-    match files.is_empty() {
-        true => Err(Error::arguments(format!(
+    if files.is_empty() {
+        Err(Error::arguments(format!(
             "{} holds no .hdf5 file",
             path.display()
-        ))),
-        false => Ok(files),
+        )))
+    } else {
+        Ok(files)
     }
 }
 
@@ -269,9 +271,10 @@ fn check_size(dataset: &Dataset, shape: &[u64]) -> Result<(), String> {
     let bytes = shape
         .iter()
         .try_fold(size, |bytes, n| bytes.checked_mul(*n));
-    match bytes.is_some_and(|bytes| bytes <= MAX_READ) || shape.len() == 4 {
-        true => Ok(()),
-        false => Err(format!("shape {shape:?} is too large to be right")),
+    if bytes.is_some_and(|bytes| bytes <= MAX_READ) || shape.len() == 4 {
+        Ok(())
+    } else {
+        Err(format!("shape {shape:?} is too large to be right"))
     }
 }
 

@@ -64,9 +64,10 @@ impl LeRobot {
         let listing = reader.list("data")?;
         let mut files: Vec<String> = listing.iter().map(|object| object.path.clone()).collect();
         files.retain(|path| path.ends_with(".parquet"));
-        let videos = match info.is_v3() && info.videos().next().is_some() {
-            true => read_video_places(&reader, &info)?,
-            false => BTreeMap::new(),
+        let videos = if info.is_v3() && info.videos().next().is_some() {
+            read_video_places(&reader, &info)?
+        } else {
+            BTreeMap::new()
         };
         let mut profile = profile(&info);
         profile.fingerprint = format!("lerobot {} {listing:?}", reader.name(""));
@@ -243,17 +244,16 @@ impl Shared {
             recording.numbers.insert(field.into(), matrix);
         }
         for field in selection.image_fields() {
-            let frames = match self.info.is_video(field) {
-                true => self.video(field, episode, recording.num_frames, selection)?,
-                false => {
-                    let files = columns::images(parts, field);
-                    let files = files.map_err(|e| unusable(format!("{field}: {e}")))?;
-                    let frames = files.into_iter().enumerate().map(|(i, file)| {
-                        let frame = selection.pictures.file(file);
-                        frame.map_err(|e| unusable(format!("{field}, frame {i}: {e}")))
-                    });
-                    frames.collect::<Result<_>>()?
-                }
+            let frames = if self.info.is_video(field) {
+                self.video(field, episode, recording.num_frames, selection)?
+            } else {
+                let files = columns::images(parts, field);
+                let files = files.map_err(|e| unusable(format!("{field}: {e}")))?;
+                let frames = files.into_iter().enumerate().map(|(i, file)| {
+                    let frame = selection.pictures.file(file);
+                    frame.map_err(|e| unusable(format!("{field}, frame {i}: {e}")))
+                });
+                frames.collect::<Result<_>>()?
             };
             recording.cameras.insert(field.into(), frames);
         }

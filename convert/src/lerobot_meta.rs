@@ -94,9 +94,10 @@ impl Info {
     }
 
     pub(crate) fn video_path(&self) -> &str {
-        let default = match self.is_v3() {
-            true => "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
-            false => "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4",
+        let default = if self.is_v3() {
+            "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+        } else {
+            "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"
         };
         self.video_path.as_deref().unwrap_or(default)
     }
@@ -167,9 +168,10 @@ pub(crate) fn read_tasks(reader: &Reader, info: &Info) -> Result<BTreeMap<i64, S
     }
     let path = "meta/tasks.parquet";
     let file = ParquetFile::open(reader, path)?;
-    let text = match file.has("task") {
-        true => "task",
-        false => "__index_level_0__",
+    let text = if file.has("task") {
+        "task"
+    } else {
+        "__index_level_0__"
     };
     let mut tasks = BTreeMap::new();
     for row_group in 0..file.num_row_groups() {

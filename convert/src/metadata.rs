@@ -56,9 +56,10 @@ pub(crate) fn info(
     let num_episodes: usize = files.iter().map(|file| file.episodes.len()).sum();
     let num_frames: u64 = files.iter().map(FileRecord::num_frames).sum();
     let megabytes = config.file_bytes.as_u64().div_ceil(1 << 20);
-    let fps = match spec.fps.fract() == 0.0 {
-        true => json!(spec.fps as u64),
-        false => json!(spec.fps),
+    let fps = if spec.fps.fract() == 0.0 {
+        json!(spec.fps as u64)
+    } else {
+        json!(spec.fps)
     };
     let data_path = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet";
     let mut info: Vec<(String, serde_json::Value)> = [

@@ -362,7 +362,7 @@ mod tests {
     #[test]
     fn every_cut_and_flip_of_an_archive_is_noticed_or_harmless() {
         let npz = writing::npz(&[("a", writing::npy("|u1", "(64,)", &[9; 64]))]);
-        let read = |file: &[u8]| Archive::parse(file).and_then(|archive| Ok(archive.array("a")?));
+        let read = |file: &[u8]| Archive::parse(file).and_then(|archive| archive.array("a"));
         let whole = read(&npz).unwrap();
         for end in 0..npz.len() {
             assert!(read(&npz[..end]).is_err(), "{end}");

@@ -126,7 +126,7 @@ impl ParquetFile {
         let input = Piece {
             file_bytes: self.bytes,
             offset,
-            piece,
+            bytes: piece,
         };
         let broken = |e: &dyn ToString| {
             let reason = format!("row group {row_group}: {}", e.to_string());
@@ -152,7 +152,7 @@ impl ParquetFile {
 struct Piece {
     file_bytes: u64,
     offset: u64,
-    piece: Bytes,
+    bytes: Bytes,
 }
 
 impl Length for Piece {
@@ -166,12 +166,12 @@ impl ChunkReader for Piece {
 
     fn get_read(&self, start: u64) -> Result<Self::T, ParquetError> {
         let start = self.index(start, 0)?;
-        Ok(Cursor::new(self.piece.slice(start..)))
+        Ok(Cursor::new(self.bytes.slice(start..)))
     }
 
     fn get_bytes(&self, start: u64, length: usize) -> Result<Bytes, ParquetError> {
         let start = self.index(start, length)?;
-        Ok(self.piece.slice(start..start + length))
+        Ok(self.bytes.slice(start..start + length))
     }
 }
 
@@ -180,7 +180,7 @@ impl Piece {
         let outside = || ParquetError::EOF(format!("byte {start} is outside the column"));
         let start = start.checked_sub(self.offset).ok_or_else(outside)? as usize;
         let end = start.checked_add(length).ok_or_else(outside)?;
-        (end <= self.piece.len())
+        (end <= self.bytes.len())
             .then_some(start)
             .ok_or_else(outside)
     }

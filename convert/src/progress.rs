@@ -70,11 +70,12 @@ impl Destination {
         };
         if let Some(text) = get_if_present(storage, CONVERSION).await? {
             let conversion: Conversion = parse(storage, CONVERSION, &text)?;
-            return match conversion.identity == identity {
-                true => Ok(Self::Finished(Box::new(conversion))),
-                false => Err(other(
+            return if conversion.identity == identity {
+                Ok(Self::Finished(Box::new(conversion)))
+            } else {
+                Err(other(
                     "a dataset converted from another source or otherwise",
-                )),
+                ))
             };
         }
         if let Some(text) = get_if_present(storage, PLAN).await? {

@@ -236,9 +236,10 @@ impl Episode<'_> {
         for leaf in candidates {
             let count = self.values(leaf)?.len();
             if count > 0 {
-                return match count <= MAX_STEPS {
-                    true => Ok(count),
-                    false => Err(self.unusable(format!("it has {count} steps"))),
+                return if count <= MAX_STEPS {
+                    Ok(count)
+                } else {
+                    Err(self.unusable(format!("it has {count} steps")))
                 };
             }
         }
@@ -259,7 +260,7 @@ impl Episode<'_> {
             }
             (Values::None, _) => Vec::new(),
             (Values::Bytes(_), _) => {
-                return Err(self.misfit(leaf, "it holds bytes in place of numbers".into()));
+                return Err(self.misfit(leaf, "it holds bytes in place of numbers"));
             }
         };
         let width = match &leaf.shape {
@@ -268,7 +269,7 @@ impl Episode<'_> {
         };
         if width == 0 || Some(values.len()) != steps.checked_mul(width) {
             let found = values.len();
-            return Err(self.misfit(leaf, format!("{found} values are not {steps} x {width}")));
+            return Err(self.misfit(leaf, &format!("{found} values are not {steps} x {width}")));
         }
         Ok(Matrix { width, values })
     }
@@ -278,9 +279,9 @@ impl Episode<'_> {
             Values::Bytes(values) if values.len() == steps => Ok(values),
             Values::Bytes(values) => {
                 let found = values.len();
-                Err(self.misfit(leaf, format!("it has {found} values for {steps} steps")))
+                Err(self.misfit(leaf, &format!("it has {found} values for {steps} steps")))
             }
-            _ => Err(self.misfit(leaf, "it holds no bytes".into())),
+            _ => Err(self.misfit(leaf, "it holds no bytes")),
         }
     }
 
@@ -291,10 +292,10 @@ impl Episode<'_> {
             "int16" | "uint16" => 2,
             "float32" | "int32" | "uint32" => 4,
             "float64" | "int64" | "uint64" => 8,
-            other => return Err(self.misfit(leaf, format!("{other} tensors are not read"))),
+            other => return Err(self.misfit(leaf, &format!("{other} tensors are not read"))),
         };
         let Some(shape) = &leaf.shape else {
-            return Err(self.misfit(leaf, "its shape is not known".into()));
+            return Err(self.misfit(leaf, "its shape is not known"));
         };
         let expected = shape.iter().product::<usize>() * size;
         let mut numbers = Vec::new();
@@ -304,14 +305,14 @@ impl Episode<'_> {
                 // One byte more than expected tells too long from just right.
                 let mut decoder = ZlibDecoder::new(&step[..]).take(expected as u64 + 1);
                 let read = decoder.read_to_end(&mut inflated);
-                read.map_err(|e| self.misfit(leaf, e.to_string()))?;
+                read.map_err(|e| self.misfit(leaf, &e.to_string()))?;
                 &inflated[..]
             } else {
                 &step[..]
             };
             if bytes.len() != expected {
                 let reason = format!("a step has {} bytes in place of {expected}", bytes.len());
-                return Err(self.misfit(leaf, reason));
+                return Err(self.misfit(leaf, &reason));
             }
             numbers.extend(bytes.chunks_exact(size).map(|bytes| number(dtype, bytes)));
         }
@@ -322,7 +323,7 @@ impl Episode<'_> {
         Error::unusable(&self.name, reason)
     }
 
-    fn misfit(&self, leaf: &Leaf, reason: String) -> Error {
+    fn misfit(&self, leaf: &Leaf, reason: &str) -> Error {
         let offset = self.offset + self.example.offset(&leaf.key) as u64;
         self.unusable(format!(
             "{}, byte {offset} of {}: {reason}",

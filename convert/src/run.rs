@@ -86,7 +86,7 @@ impl<P: FnMut(&Progress) -> ControlFlow<()> + Send> Run<P> {
             match added {
                 Ok(()) => {}
                 Err(Error::Unusable { episode, reason }) => {
-                    self.drop_episode(index, episode, reason)
+                    self.drop_episode(index, episode, reason);
                 }
                 Err(error) => return Err(error),
             }
@@ -118,15 +118,14 @@ impl<P: FnMut(&Progress) -> ControlFlow<()> + Send> Run<P> {
     }
 
     async fn add(&mut self, episode: &Episode, index: u64) -> Result<()> {
-        let spec = match &self.spec {
-            Some(spec) => spec.clone(),
-            None => {
-                let spec = self.selection.spec(episode, self.fps, self.robot.clone());
-                writer::check(&spec, episode).map_err(|e| Error::unusable(&episode.name, e))?;
-                progress::start(&self.destination, &self.identity, &spec).await?;
-                self.spec = Some(spec.clone());
-                spec
-            }
+        let spec = if let Some(spec) = &self.spec {
+            spec.clone()
+        } else {
+            let spec = self.selection.spec(episode, self.fps, self.robot.clone());
+            writer::check(&spec, episode).map_err(|e| Error::unusable(&episode.name, e))?;
+            progress::start(&self.destination, &self.identity, &spec).await?;
+            self.spec = Some(spec.clone());
+            spec
         };
         if self.writer.is_none() {
             let storage = self.destination.clone();

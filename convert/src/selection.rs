@@ -47,14 +47,18 @@ impl Selection {
         pictures: PictureRule,
         task: Option<String>,
     ) -> Result<Self> {
-        let or = |given: &Vec<String>, found: &Vec<String>| match given.is_empty() {
-            true => found.clone(),
-            false => given.clone(),
+        let or = |given: &Vec<String>, found: &Vec<String>| {
+            if given.is_empty() {
+                found.clone()
+            } else {
+                given.clone()
+            }
         };
         let selection = Self {
-            cameras: match mapping.cameras.is_empty() {
-                true => profile.cameras.clone(),
-                false => mapping.cameras.clone(),
+            cameras: if mapping.cameras.is_empty() {
+                profile.cameras.clone()
+            } else {
+                mapping.cameras.clone()
             },
             state: or(&mapping.state, &profile.state),
             action: or(&mapping.action, &profile.action),
@@ -68,21 +72,25 @@ impl Selection {
         let listed = |kind| {
             let names = profile.fields.iter().filter(|field| field.kind == kind);
             let names: Vec<&str> = names.map(|field| field.name.as_str()).collect();
-            match names.is_empty() {
-                true => "it has none".to_string(),
-                false => format!("it has {}", names.join(", ")),
+            if names.is_empty() {
+                "it has none".to_string()
+            } else {
+                format!("it has {}", names.join(", "))
             }
         };
-        let find = |name: &String, kind, what: &str| match profile
-            .fields
-            .iter()
-            .any(|field| field.kind == kind && field.name == *name)
-        {
-            true => Ok(()),
-            false => Err(Error::arguments(format!(
-                "the source has no {what} field `{name}`; {}",
-                listed(kind)
-            ))),
+        let find = |name: &String, kind, what: &str| {
+            if profile
+                .fields
+                .iter()
+                .any(|field| field.kind == kind && field.name == *name)
+            {
+                Ok(())
+            } else {
+                Err(Error::arguments(format!(
+                    "the source has no {what} field `{name}`; {}",
+                    listed(kind)
+                )))
+            }
         };
         for (field, camera) in &selection.cameras {
             find(field, FieldKind::Image, "image")?;
@@ -99,10 +107,9 @@ impl Selection {
             .map(|(_, name)| name.as_str())
             .collect();
         names.sort_unstable();
-        if let Some(pair) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        if let Some((name, _)) = names.iter().zip(names.iter().skip(1)).find(|(a, b)| a == b) {
             return Err(Error::arguments(format!(
-                "two image fields become the camera `{}`; name them apart in the mapping",
-                pair[0]
+                "two image fields become the camera `{name}`; name them apart in the mapping"
             )));
         }
         for field in selection.state.iter().chain(&selection.action) {

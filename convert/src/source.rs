@@ -137,7 +137,11 @@ pub(crate) async fn detect(url: &str, storage: &Storage) -> Result<(SourceKind, 
     }
     let listing = storage.list("").await?;
     let paths = || listing.iter().map(|object| object.path.as_str());
-    if paths().any(|path| path.ends_with(".hdf5") || path.ends_with(".h5")) {
+    if paths().any(|path| {
+        [".hdf5", ".h5"]
+            .into_iter()
+            .any(|ending| path.ends_with(ending))
+    }) {
         return Ok((SourceKind::Hdf5, String::new()));
     }
     let below = |mark: &'static str| paths().filter_map(move |path| path.strip_suffix(mark));

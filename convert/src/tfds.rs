@@ -159,11 +159,12 @@ impl Split {
                     .replace("{SHARD_X_OF_Y}", &format!("{shard:05}-of-{count:05}"))
                     .replace("{SHARD_INDEX}", &format!("{shard:05}"))
                     .replace("{NUM_SHARDS}", &format!("{count:05}"));
-                match name.contains('{') {
-                    true => Err(format!(
+                if name.contains('{') {
+                    Err(format!(
                         "the filepathTemplate `{template}` is not understood"
-                    )),
-                    false => Ok((name, records)),
+                    ))
+                } else {
+                    Ok((name, records))
                 }
             });
         shards.collect()

@@ -94,9 +94,10 @@ impl RecordFile {
         let header = self.take(self.next, HEADER).await?;
         let (length, crc) = header.split_at(8);
         if masked(crc32c::crc32c(length)).to_le_bytes() != *crc {
-            let hint = match header.starts_with(&[0x1f, 0x8b]) {
-                true => "the file is compressed; decompress it with gzip",
-                false => "the checksum of the record's length does not match",
+            let hint = if header.starts_with(&[0x1f, 0x8b]) {
+                "the file is compressed; decompress it with gzip"
+            } else {
+                "the checksum of the record's length does not match"
             };
             return Err(self.broken(self.next, hint));
         }
@@ -112,19 +113,18 @@ impl RecordFile {
     async fn take(&mut self, start: u64, length: u64) -> Result<Bytes> {
         let inside = start.checked_sub(self.window_start);
         let inside = inside.filter(|at| at + length <= self.window.len() as u64);
-        let at = match inside {
-            Some(at) => at as usize,
-            None => {
-                let end = self.size.min(start + length.max(WINDOW));
-                self.window = self.storage.get_range(&self.path, start..end).await?;
-                self.window_start = start;
-                0
-            }
+        let at = if let Some(at) = inside {
+            at as usize
+        } else {
+            let end = self.size.min(start + length.max(WINDOW));
+            self.window = self.storage.get_range(&self.path, start..end).await?;
+            self.window_start = start;
+            0
         };
         Ok(self.window.slice(at..at + length as usize))
     }
 
-    fn broken(&self, offset: u64, reason: impl ToString) -> Error {
+    fn broken(&self, offset: u64, reason: impl std::fmt::Display) -> Error {
         Error::corrupt(self.name(), offset, reason)
     }
 }

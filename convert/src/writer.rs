@@ -168,21 +168,21 @@ impl DatasetWriter {
         self.check(episode)?;
         let bytes = episode.bytes();
         let full = |open: &Open| open.bytes + bytes > self.config.file_bytes.as_u64();
-        let ended = match self.open.as_ref().is_some_and(full) {
-            true => self.end_file().await?,
-            false => None,
+        let ended = if self.open.as_ref().is_some_and(full) {
+            self.end_file().await?
+        } else {
+            None
         };
         let place = self.place(episode);
-        let mut open = match self.open.take() {
-            Some(open) => open,
-            None => {
-                self.next.path = data_path(self.next.index);
-                let path = self.next.path.clone();
-                Open {
-                    file: DataFile::create(&self.storage, path, &self.spec)?,
-                    bytes: 0,
-                    group_bytes: 0,
-                }
+        let mut open = if let Some(open) = self.open.take() {
+            open
+        } else {
+            self.next.path = data_path(self.next.index);
+            let path = self.next.path.clone();
+            Open {
+                file: DataFile::create(&self.storage, path, &self.spec)?,
+                bytes: 0,
+                group_bytes: 0,
             }
         };
         self.write_frames(&mut open, episode, bytes, place).await?;

@@ -36,9 +36,10 @@ fn write(path: &Path, libero: bool, original: bool) {
         let images: Vec<u8> = (0..rows)
             .flat_map(|row| pixels(10, 12, row as u32))
             .collect();
-        let (camera, states) = match libero {
-            true => ("agentview_rgb", ["ee_states", "gripper_states"]),
-            false => ("agentview_image", ["robot0_eef_pos", "robot0_eef_quat"]),
+        let (camera, states) = if libero {
+            ("agentview_rgb", ["ee_states", "gripper_states"])
+        } else {
+            ("agentview_image", ["robot0_eef_pos", "robot0_eef_quat"])
         };
         obs.create_dataset(camera)
             .with_u8_data(&images)

@@ -151,9 +151,12 @@ fn a_stopped_conversion_of_v3_finds_its_place_inside_a_row_group() {
     };
     let report = convert_all(&small(&whole)).unwrap();
     assert!(report.files > 3, "{report:?}");
-    let stop = |progress: &crate::Progress| match progress.files >= 2 {
-        true => std::ops::ControlFlow::Break(()),
-        false => std::ops::ControlFlow::Continue(()),
+    let stop = |progress: &crate::Progress| {
+        if progress.files >= 2 {
+            std::ops::ControlFlow::Break(())
+        } else {
+            std::ops::ControlFlow::Continue(())
+        }
     };
     super::run(crate::convert(&small(&stopped), stop)).unwrap_err();
     convert_all(&small(&stopped)).unwrap();

@@ -30,9 +30,12 @@ fn small_files(source: &Path, out: &Path) -> ConvertArgs {
 }
 
 fn stop_after(args: &ConvertArgs, files: u64) -> Error {
-    let stop = |progress: &crate::Progress| match progress.files >= files {
-        true => ControlFlow::Break(()),
-        false => ControlFlow::Continue(()),
+    let stop = |progress: &crate::Progress| {
+        if progress.files >= files {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     };
     run(convert(args, stop)).unwrap_err()
 }

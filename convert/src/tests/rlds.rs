@@ -25,9 +25,12 @@ const FEATURES: &str = r#"{"pythonClassName": "x.FeaturesDict", "featuresDict": 
 
 /// One episode of `steps` steps; `number` makes it differ.
 pub(super) fn episode(number: u32, steps: u32, with_png: bool) -> Vec<u8> {
-    let image = |step| match with_png {
-        true => png(16, 20, 100 * number + step).bytes,
-        false => jpeg(16, 20, 100 * number + step).bytes,
+    let image = |step| {
+        if with_png {
+            png(16, 20, 100 * number + step).bytes
+        } else {
+            jpeg(16, 20, 100 * number + step).bytes
+        }
     };
     let images: Vec<_> = (0..steps).map(image).collect();
     let images: Vec<&[u8]> = images.iter().map(AsRef::as_ref).collect();

@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use parquet::basic::{Compression, Encoding};
-use parquet::file::metadata::ParquetMetaDataReader;
+use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaDataReader, RowGroupMetaData};
 use pollen_core::ByteSize;
 use pollen_storage::{Silent, Storage, StorageConfig};
 
@@ -112,7 +112,7 @@ fn layout_of_data_files() {
             let size: i64 = group
                 .columns()
                 .iter()
-                .map(|column| column.compressed_size())
+                .map(ColumnChunkMetaData::compressed_size)
                 .sum();
             assert!(size < 40 << 10, "a row group of {size} bytes");
             for column in group.columns() {
@@ -145,7 +145,7 @@ fn small_episodes_share_a_row_group_and_long_ones_are_cut_evenly() {
         metadata
             .row_groups()
             .iter()
-            .map(|group| group.num_rows())
+            .map(RowGroupMetaData::num_rows)
             .collect()
     };
     let groups: Vec<i64> = files.iter().flat_map(groups).collect();
