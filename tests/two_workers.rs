@@ -133,11 +133,19 @@ fn a_run_whose_launcher_died_publishes_nothing() {
         .map(|record| record.generation)
         .collect();
     assert!(checkpoints.iter().all(|&generation| generation == 2), "{checkpoints:?}");
-    let fenced = finished.events().into_iter().any(|record| {
-        record.generation == 1
-            && matches!(&record.event, Event::End { reason, .. } if reason.contains("generation 2"))
-    });
-    assert!(fenced, "generation 1 says that it was fenced");
+    let ends: Vec<String> = finished
+        .events()
+        .into_iter()
+        .filter(|record| record.generation == 1)
+        .filter_map(|record| match record.event {
+            Event::End { reason, .. } => Some(reason),
+            _ => None,
+        })
+        .collect();
+    assert!(
+        ends.iter().any(|reason| reason.contains("replaced by generation 2")),
+        "generation 1 says that it was fenced: {ends:?}"
+    );
     let url = format!("s3://pollen-test/runs-orphaned/demo/{}/checkpoints", finished.run_id());
     let objects = list(&lab, &url);
     assert!(

@@ -11,7 +11,10 @@ pub(crate) fn report(result: Result<ExitCode>) -> std::process::ExitCode {
         Ok(exit) => exit,
         Err(error) if is_broken_pipe(&error) => ExitCode::Done,
         Err(error) => {
-            let text = describe(&error);
+            let mut text = describe(&error);
+            if !error.is::<crate::commands::launch::WorkerFailed>() {
+                text = text.split_whitespace().collect::<Vec<&str>>().join(" ");
+            }
             // Nothing can be done when standard error is gone too.
             let _ = writeln!(std::io::stderr(), "error: {text}");
             code_of(&error)

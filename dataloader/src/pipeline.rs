@@ -38,6 +38,29 @@ pub(crate) struct Pipeline {
 /// A micro-batch whose images are being decoded.
 type Pending = Receiver<Result<HostBatch>>;
 
+/// A fetch that goes on while nobody waits for it.
+///
+/// Loads are shared: whoever needs a row group first loads it for all. If a fetch stood still while
+/// the stream of fetches is full, everybody else who needs the same row group or column would wait
+/// for it, and with them the caller who is to empty the stream.
+struct Fetching(tokio::task::JoinHandle<Result<Fetched>>);
+
+impl Fetching {
+    fn start(fetch: impl Future<Output = Result<Fetched>> + Send + 'static) -> Self {
+        Self(tokio::spawn(fetch))
+    }
+
+    async fn finish(mut self) -> Result<Fetched> {
+        (&mut self.0).await.unwrap_or(Err(Error::Ended { part: "fetch task" }))
+    }
+}
+
+impl Drop for Fetching {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
 struct Fetched {
     plan: Plan,
     groups: HashMap<Key, Arc<OpenRowGroup>>,
@@ -62,7 +85,7 @@ impl Pipeline {
         let for_fetch = Arc::clone(&data);
         let fetch = runtime.spawn(async move {
             let fetches = futures::stream::iter(plans)
-                .map(|plan| fetch(Arc::clone(&for_fetch), plan))
+                .map(|plan| Fetching::start(fetch(Arc::clone(&for_fetch), plan)).finish())
                 .buffered(prefetch);
             let mut fetches = std::pin::pin!(fetches);
             while let Some(next) = fetches.next().await {

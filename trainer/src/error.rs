@@ -90,6 +90,10 @@ impl Error {
 
     /// Returns the exit code of a process that ends with this error.
     pub fn exit_code(&self) -> ExitCode {
+        if let Self::Checkpoint(pollen_checkpoints::Error::Fenced { .. }) = self {
+            // Another start of the run goes on with it; this one must not come back.
+            return ExitCode::DoNotRequeue;
+        }
         self.class().into()
     }
 }

@@ -31,7 +31,6 @@
 pub mod batch;
 pub mod clip;
 pub mod config;
-mod contract;
 pub mod data_parallel;
 pub mod error;
 pub mod eval;

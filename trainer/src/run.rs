@@ -141,7 +141,7 @@ impl Worker {
         let seed = Seed::new(config.seed).child("weights");
         let model = config.model.init(&config.action_spaces, seed, &device)?;
         let layout = layout_of(&model, config);
-        let identity = self.identity(&data, &layout)?;
+        let identity = self.identity(&data, &layout);
         let url = format!("{}/checkpoints", self.args.run_url.trim_end_matches('/'));
         let storage = Storage::open(&url, &config.storage, Arc::clone(&self.observer))?;
         let checkpoints = Checkpoints::new(storage, self.runtime.handle().clone())
@@ -194,18 +194,27 @@ impl Worker {
         let open =
             |url: &str| Storage::open(url, &config.storage, Arc::clone(&self.observer));
         let data = Data::open(&config.data, &config.action_spaces, shape, &open);
-        Ok(Arc::new(self.runtime.block_on(data)?))
+        let data = self.runtime.block_on(data)?;
+        // The table's last row belongs to the prompt token, which no tokenizer knows.
+        let (words, rows) = (data.vocabulary_size(), config.model.language.vocab_size);
+        if words >= rows {
+            return Err(Error::Recipe(vec![format!(
+                "{} has {words} tokens, so model.language.vocab_size = {rows} must be at least {}",
+                config.data.tokenizer.display(),
+                words + 1
+            )]));
+        }
+        Ok(Arc::new(data))
     }
 
-    fn identity(&self, data: &Data, layout: &Layout) -> Result<Identity, Error> {
-        let contract = crate::contract::contract_json(data, &self.args.config)?;
-        Ok(Identity {
+    fn identity(&self, data: &Data, layout: &Layout) -> Identity {
+        Identity {
             config_hash: self.args.config_hash.clone(),
             layout_hash: layout.hash(),
             order_version: ORDER_VERSION,
             dataset_hashes: data.hashes().into_iter().collect(),
-            contract,
-        })
+            contract: data.contract().to_json().into_bytes(),
+        }
     }
 
     fn trainer(

@@ -26,31 +26,21 @@ pub(crate) fn run(args: &LaunchArgs) -> Result<ExitCode> {
         write!(std::io::stdout().lock(), "{}", plan_of(&recipe, 0, 0.0, None)?.render())?;
         return Ok(ExitCode::Done);
     }
-    let mut run = RunDir::find_or_create(&RunRequest {
+    let request = RunRequest {
         root: &args.runs,
         recipe: &recipe.config.name,
         identity: &recipe.identity(),
         steps: recipe.config.train.steps,
         now: SystemTime::now(),
-    })?;
-    let lock = run.lock()?;
-    let history = past_events(&run)?;
-    let mut view = RunView::default();
-    history.iter().for_each(|record| view.apply(record));
-    if let Some(step) = run.record().final_step
-        && run.record().finished
-        && step >= recipe.config.train.steps
-    {
-        say(&format!(
-            "run {} is complete: step {step} of {}. To train further: make pretrain RECIPE={} \
-             STEPS={}\n",
-            run.id(),
-            recipe.config.train.steps,
-            recipe.config.name,
-            step * 3 / 2
-        ))?;
+    };
+    if let Some(text) = already_complete(&request)? {
+        say(&text)?;
         return Ok(ExitCode::Done);
     }
+    let mut run = RunDir::find_or_create(&request)?;
+    let lock = run.lock()?;
+    let history = past_events(&run)?;
+    let view = RunView::of(&history);
     run.write_config(&recipe.to_toml()?)?;
 
     let server = object_server(&recipe, &args.runs)?;
@@ -83,6 +73,27 @@ impl std::fmt::Display for WorkerFailed {
 }
 
 impl std::error::Error for WorkerFailed {}
+
+/// Says so if the newest run of this recipe has reached its last step.
+fn already_complete(request: &RunRequest<'_>) -> Result<Option<String>> {
+    let runs = RunDir::list(request.root, request.recipe)?;
+    let newest = runs.iter().rev().find(|run| run.record().identity == request.identity);
+    let Some(run) = newest else { return Ok(None) };
+    let Some(step) = run.record().final_step.filter(|_| run.record().finished) else {
+        return Ok(None);
+    };
+    if step < request.steps {
+        return Ok(None);
+    }
+    Ok(Some(format!(
+        "run {} is complete: step {step} of {}. To train it further: make pretrain RECIPE={} \
+         STEPS={}; for another run: SET=\"seed=...\"\n",
+        run.id(),
+        request.steps,
+        request.recipe,
+        step * 3 / 2
+    )))
+}
 
 fn past_events(run: &RunDir) -> Result<Vec<pollen_observe::Record>> {
     let path = run.events();

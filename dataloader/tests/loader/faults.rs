@@ -293,3 +293,31 @@ fn a_runtime_that_ends_early_is_an_error() {
     };
     assert_eq!(error.class(), ErrorClass::Fatal, "{error}");
 }
+
+/// A full loader that nobody empties must not hold up others who need the same data: the trainer
+/// reads the mean chunks, and evaluates, beside a loader that has run ahead.
+#[test]
+fn a_full_loader_blocks_nobody() {
+    let dir = tempfile::tempdir().unwrap();
+    let spec = spec();
+    spec.write(dir.path());
+    let (done, finished) = std::sync::mpsc::channel();
+    let root = dir.path().to_owned();
+    std::thread::spawn(move || {
+        let runtime = runtime();
+        for round in 0..20 {
+            let data = opened(&root, &spec, &runtime).unwrap();
+            let mixture = data.mixture(pollen_core::Seed::new(round)).unwrap();
+            let mut loader = loader(&runtime, &data, (0, 1), round);
+            let means = runtime.block_on(data.mean_chunks(&mixture)).unwrap();
+            let held_out = data.holdout(1);
+            let batches =
+                pollen_dataloader::HoldoutLoader::start(data, held_out, 4, runtime.handle());
+            assert!(batches.map(Result::unwrap).count() > 0 && !means.is_empty());
+            loader.next_micro_batch().unwrap();
+        }
+        done.send(()).unwrap();
+    });
+    // Takes about a second; a loader that blocks others hangs for ever.
+    finished.recv_timeout(std::time::Duration::from_secs(120)).expect("somebody waits for ever");
+}
