@@ -327,6 +327,7 @@ fn profile(info: &Info) -> Profile {
         fps: Some(info.fps()),
         robot_type: info.robot_type(),
         num_episodes: info.num_episodes(),
+        names: info.names(),
         instruction: Some("task".into()),
         fields: vec![Field::new("task", FieldKind::Text)],
         ..Profile::default()

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Deserialize;
+use serde_json::Value;
 
 use crate::columns;
 use crate::error::{Error, Result};
@@ -41,6 +42,8 @@ struct Feature {
     dtype: String,
     #[serde(default)]
     shape: Vec<u32>,
+    #[serde(default)]
+    names: Value,
 }
 
 /// Where the frames of an episode start.
@@ -118,6 +121,22 @@ impl Info {
             };
             (name.as_str(), kind)
         })
+    }
+
+    /// Returns the names of the numbers of features: a list or, in old datasets, one under a key.
+    pub(crate) fn names(&self) -> BTreeMap<String, Vec<String>> {
+        let names = self.features.iter().filter_map(|(name, feature)| {
+            let list = match &feature.names {
+                Value::Object(keys) => keys.values().next()?,
+                list => list,
+            };
+            let texts = list
+                .as_array()?
+                .iter()
+                .map(|text| text.as_str().map(String::from));
+            Some((name.clone(), texts.collect::<Option<_>>()?))
+        });
+        names.collect()
     }
 
     pub(crate) fn is_video(&self, feature: &str) -> bool {

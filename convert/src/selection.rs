@@ -1,5 +1,7 @@
 //! Which fields of a source become which features.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
 use crate::episode::{Episode, Matrix, Recording};
@@ -34,6 +36,8 @@ pub(crate) struct Selection {
     pub(crate) state: Vec<String>,
     pub(crate) action: Vec<String>,
     pub(crate) instruction: Option<String>,
+    /// Names of the numbers of a field, where the source has them.
+    names: BTreeMap<String, Vec<String>>,
     pub(crate) pictures: PictureRule,
     /// Used where an episode has no instruction.
     pub(crate) task: Option<String>,
@@ -66,6 +70,7 @@ impl Selection {
                 .instruction
                 .clone()
                 .or_else(|| profile.instruction.clone()),
+            names: profile.names.clone(),
             pictures,
             task,
         };
@@ -196,14 +201,16 @@ impl Selection {
 
     /// Returns the features of a dataset whose first episode is given.
     pub(crate) fn spec(&self, first: &Episode, fps: f64, robot_type: String) -> DatasetSpec {
-        let state = (!self.state.is_empty()).then_some(STATE);
-        let names = state.into_iter().chain([ACTION]);
+        let state = (!self.state.is_empty()).then_some((STATE, &self.state));
+        let names = state.into_iter().chain([(ACTION, &self.action)]);
         let numbers = names
             .zip(&first.numbers)
-            .map(|(name, matrix)| NumberFeature {
+            .map(|((name, fields), matrix)| NumberFeature {
                 name: name.into(),
                 width: matrix.width,
-                names: None,
+                names: self
+                    .names_of(fields)
+                    .filter(|names| names.len() == matrix.width),
             });
         let cameras = self.cameras.iter().zip(&first.cameras);
         let cameras = cameras.filter_map(|((_, camera), frames)| {
@@ -220,6 +227,12 @@ impl Selection {
             cameras: cameras.collect(),
             numbers: numbers.collect(),
         }
+    }
+
+    /// Returns the names of the numbers of fields side by side, if all have names.
+    fn names_of(&self, fields: &[String]) -> Option<Vec<String>> {
+        let names: Option<Vec<&Vec<String>>> = fields.iter().map(|f| self.names.get(f)).collect();
+        names.map(|names| names.into_iter().flatten().cloned().collect())
     }
 }
 

@@ -1,5 +1,6 @@
 //! What every format gives: its fields, and episodes one after the other.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::str::FromStr;
 
@@ -84,6 +85,8 @@ pub(crate) struct Profile {
     pub(crate) state: Vec<String>,
     pub(crate) action: Vec<String>,
     pub(crate) instruction: Option<String>,
+    /// Names of the numbers of a field.
+    pub(crate) names: BTreeMap<String, Vec<String>>,
     /// The images are stored upside down; turning them by 180 degrees is what others do.
     pub(crate) rotate: bool,
     pub(crate) num_episodes: Option<u64>,

@@ -59,7 +59,7 @@ fn write_v21_episode(folder: &Path, episode: i64, frames: u32, first: i64) {
 
 fn write_v21(folder: &Path, video: bool) {
     let mut features = serde_json::json!({
-        "action": {"dtype": "float64", "shape": [3]},
+        "action": {"dtype": "float64", "shape": [3], "names": {"motors": ["a", "b", "c"]}},
         "observation.state": {"dtype": "float64", "shape": [2]},
         "observation.images.front": {"dtype": "image", "shape": [8, 8, 3]},
     });
@@ -102,6 +102,10 @@ fn v21_with_a_hole_between_its_episodes() {
     assert_eq!(dataset.instructions()[8], "stack");
     assert_eq!(dataset.images("front")[8], png(8, 8, 8).bytes);
     assert_eq!(dataset.info["robot_type"], "so100");
+    assert_eq!(
+        dataset.info["features"]["action"]["names"],
+        serde_json::json!(["a", "b", "c"])
+    );
 }
 
 #[test]

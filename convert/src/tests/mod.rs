@@ -14,6 +14,7 @@ mod writer;
 
 use std::collections::BTreeMap;
 use std::fs::File;
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
@@ -48,12 +49,9 @@ fn real_data(name: &str) -> Option<PathBuf> {
     let folder = std::env::var_os("POLLEN_TEST_DATA").map(|root| PathBuf::from(root).join(name));
     let found = folder.filter(|folder| folder.exists());
     if found.is_none() {
-        #[allow(clippy::print_stderr, reason = "whoever runs the tests should know")]
-        {
-            eprintln!(
-                "NOT CHECKED: {name} is not there; set POLLEN_TEST_DATA to its parent folder"
-            );
-        }
+        // Straight to the stream: the test harness hides what the print macros write.
+        let text = format!("NOT CHECKED: {name} is absent; POLLEN_TEST_DATA names its parent\n");
+        std::io::stderr().write_all(text.as_bytes()).unwrap();
     }
     found
 }
