@@ -90,20 +90,22 @@ fn a_run_whose_launcher_died_publishes_nothing() {
     let lab = Lab::s3();
     let want = lab.launch("calm", 2).run().expect(0).state_hashes(&lab, STEPS);
 
-    // Generation 1 keeps its store and outlives its launcher; rank 1 stands still in step 3.
+    // Generation 1 keeps its store and outlives its launcher; rank 1 waits in step 3. (Not frozen:
+    // the kernel hangs up on stopped processes whose parent dies.)
     let store = pollen_collectives::StoreServer::bind("127.0.0.1:0").unwrap();
     let address = format!("launch.store={}", store.address());
     let orphans = ["launch.die_with_launcher=false", address.as_str()];
-    let (frozen, other, held, free) =
-        (lab.path("frozen"), lab.path("other"), lab.path("held"), lab.path("free"));
+    let [waiting, other, go, held, free] =
+        ["waiting", "other", "go", "held", "free"].map(|name| lab.path(name));
     let first = format!(
-        "freeze@generation=1,rank=1,step=3,place=forward,mark={};\
+        "hold@generation=1,rank=1,step=3,place=forward,mark={},until={};\
          mark@generation=1,rank=0,step=3,place=forward,mark={}",
-        frozen.display(),
+        waiting.display(),
+        go.display(),
         other.display()
     );
     let running = lab.launch("orphaned", 2).set(&orphans).fault(&first).spawn();
-    let workers = [wait_for_mark(&frozen), wait_for_mark(&other)];
+    let workers = [wait_for_mark(&waiting), wait_for_mark(&other)];
     running.signal("KILL");
     drop(running);
     assert!(workers.iter().all(|&pid| is_alive(pid)), "the workers live on");
@@ -117,10 +119,18 @@ fn a_run_whose_launcher_died_publishes_nothing() {
     let running = lab.launch("orphaned", 2).fault(&second).spawn();
     wait_for_mark(&held);
     // The orphans go on and reach the checkpoint of step 4 first.
-    lab::signal(workers[0], "CONT");
+    std::fs::write(&go, "").unwrap();
     for worker in workers {
         wait_for("the orphans to end", || (!is_alive(worker)).then_some(()));
     }
+    let dir = lab::run_dir(&lab.path("runs-orphaned/demo"));
+    let id = dir.file_name().unwrap().to_str().unwrap();
+    let url = format!("s3://pollen-test/runs-orphaned/demo/{}/checkpoints", id);
+    let objects = list(&lab, &url);
+    assert!(
+        objects.iter().any(|path| path.starts_with("step-00000004/g1/")),
+        "the orphans did write: {objects:?}"
+    );
     std::fs::write(&free, "").unwrap();
     let finished = running.wait().expect(0);
     assert_eq!(finished.restores(), [2]);
@@ -145,11 +155,5 @@ fn a_run_whose_launcher_died_publishes_nothing() {
     assert!(
         ends.iter().any(|reason| reason.contains("replaced by generation 2")),
         "generation 1 says that it was fenced: {ends:?}"
-    );
-    let url = format!("s3://pollen-test/runs-orphaned/demo/{}/checkpoints", finished.run_id());
-    let objects = list(&lab, &url);
-    assert!(
-        objects.iter().any(|path| path.starts_with("step-00000004/g1/")),
-        "the orphans did write: {objects:?}"
     );
 }
