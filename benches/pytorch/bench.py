@@ -261,7 +261,8 @@ def arguments() -> argparse.Namespace:
     add("--cameras", type=int, help="cameras of an observation, instead of the model file's")
     add("--chunk", type=int, help="steps of an action chunk, instead of the model file's")
     add("--text-len", type=int, default=50, help="text tokens of every sample")
-    add("--spaces", nargs="+", default=["eef_delta"], help="action spaces; several: a mixed batch")
+    add("--spaces", nargs="+", default=["eef_delta"],
+        help="action spaces; several: a mixed batch, whose FLOPs are counted as those of the first")
     add("--stage", default="pretrain", choices=("pretrain", "finetune"),
         help="parameter groups; finetune also takes its token order and masks")
     add("--micro-batch", nargs="+", type=int, default=[8])
@@ -300,6 +301,12 @@ def main() -> int:
     if args.chunk:
         config = replace(config, flow=replace(config.flow, action_horizon=args.chunk))
     settings(args)  # refuses a misspelt list before anything runs
+    faults = config.faults(args.text_len)
+    known = [space.name for space in config.spaces]
+    if unknown := set(args.spaces) - set(known):
+        faults.append(f"--spaces {sorted(unknown)}: the model knows {known}")
+    if faults:
+        raise SystemExit("; ".join(faults))
     bench = Bench(args, config)
     emit(environment(bench.device) | {
         "model": args.model.name,

@@ -133,9 +133,14 @@ class FlowerConfig:
         """Returns the length of the joined sequence for `text_len` text tokens."""
         return self.num_cameras * self.vision.num_tokens() + 1 + text_len
 
-    def action_width(self) -> int:
-        """Returns the width of an action tensor: that of the widest action space."""
-        return max(space.dim for space in self.spaces)
+    def faults(self, text_len: int) -> list[str]:
+        """Returns the tables that are too short for `text_len` text tokens."""
+        joined, chunk, faults = self.context_len(text_len), self.flow.action_horizon, []
+        if joined > self.language.max_positions:
+            faults.append(f"{joined} joined tokens: raise language.max_positions")
+        if chunk > self.flow.rope_table_len:
+            faults.append(f"a chunk of {chunk} steps: raise flow.rope_table_len")
+        return faults
 
     def finetuning(self) -> FlowerConfig:
         """Returns the same sizes with the order and masks of [C]."""
