@@ -10,7 +10,9 @@ use lab::{Finished, Lab};
 #[track_caller]
 fn assert_one_line(run: &Finished, parts: &[&str]) {
     let lines: Vec<&str> = run.stderr.lines().collect();
-    let [line] = lines.as_slice() else { panic!("one line, not {lines:?}") };
+    let [line] = lines.as_slice() else {
+        panic!("one line, not {lines:?}")
+    };
     for part in parts {
         assert!(line.contains(part), "`{part}` is not in: {line}");
     }
@@ -19,7 +21,11 @@ fn assert_one_line(run: &Finished, parts: &[&str]) {
 #[test]
 fn an_unknown_key_is_named_with_the_nearest_known_one() {
     let lab = Lab::folder();
-    let run = lab.launch("typo", 1).set(&["train.stepz=3"]).run().expect(2);
+    let run = lab
+        .launch("typo", 1)
+        .set(&["train.stepz=3"])
+        .run()
+        .expect(2);
     assert_one_line(&run, &["train.stepz", "did you mean `steps`?"]);
 }
 
@@ -42,6 +48,10 @@ fn a_world_size_that_does_not_fit_is_refused_with_those_that_do() {
 #[test]
 fn wrong_credentials_are_named() {
     let lab = Lab::s3();
-    let run = lab.launch("keys", 1).env("AWS_SECRET_ACCESS_KEY", "wrong").run().expect(2);
+    let run = lab
+        .launch("keys", 1)
+        .env("AWS_SECRET_ACCESS_KEY", "wrong")
+        .run()
+        .expect(2);
     assert_one_line(&run, &["AWS_SECRET_ACCESS_KEY"]);
 }

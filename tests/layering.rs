@@ -31,9 +31,14 @@ const ALLOWED: &[(&str, &[&str])] = &[
 
 #[test]
 fn nothing_goes_sideways() {
-    let metadata = cargo_metadata::MetadataCommand::new().no_deps().exec().expect("cargo metadata");
-    let allowed: BTreeMap<&str, BTreeSet<&str>> =
-        ALLOWED.iter().map(|(name, uses)| (*name, uses.iter().copied().collect())).collect();
+    let metadata = cargo_metadata::MetadataCommand::new()
+        .no_deps()
+        .exec()
+        .expect("cargo metadata");
+    let allowed: BTreeMap<&str, BTreeSet<&str>> = ALLOWED
+        .iter()
+        .map(|(name, uses)| (*name, uses.iter().copied().collect()))
+        .collect();
     let mut seen = 0;
     for package in &metadata.packages {
         let Some(name) = package.name.strip_prefix("pollen-") else {
@@ -57,7 +62,10 @@ fn nothing_goes_sideways() {
 
 #[test]
 fn only_trainer_and_model_know_the_tensor_library() {
-    let metadata = cargo_metadata::MetadataCommand::new().no_deps().exec().expect("cargo metadata");
+    let metadata = cargo_metadata::MetadataCommand::new()
+        .no_deps()
+        .exec()
+        .expect("cargo metadata");
     let users: BTreeSet<&str> = metadata
         .packages
         .iter()

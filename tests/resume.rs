@@ -11,8 +11,13 @@ const STEPS: u64 = 8;
 /// Asserts 0 < restored < killed < last.
 #[track_caller]
 fn assert_resumed(restores: &[u64], killed: u64) {
-    let &[restored] = restores else { panic!("one restore, not {restores:?}") };
-    assert!(0 < restored && restored < killed && killed < STEPS, "{restored} {killed}");
+    let &[restored] = restores else {
+        panic!("one restore, not {restores:?}")
+    };
+    assert!(
+        0 < restored && restored < killed && killed < STEPS,
+        "{restored} {killed}"
+    );
 }
 
 #[test]
@@ -34,11 +39,19 @@ fn a_killed_worker_is_restarted_and_the_weights_are_the_same() {
 #[test]
 fn a_kill_inside_a_checkpoint_loses_nothing() {
     let lab = Lab::folder();
-    let want = lab.launch("calm", 1).run().expect(0).state_hashes(&lab, STEPS);
+    let want = lab
+        .launch("calm", 1)
+        .run()
+        .expect(0)
+        .state_hashes(&lab, STEPS);
     let stages = ["before MANIFEST", "after MANIFEST", "after log entry"];
     for (i, stage) in stages.into_iter().enumerate() {
         let fault = format!("kill@generation=1,step=4,place={stage}");
-        let killed = lab.launch(&format!("killed-{i}"), 1).fault(&fault).run().expect(0);
+        let killed = lab
+            .launch(&format!("killed-{i}"), 1)
+            .fault(&fault)
+            .run()
+            .expect(0);
         // The entry in the log is the commit: only after it the checkpoint of step 4 counts.
         let restored = if stage == "after log entry" { 4 } else { 2 };
         assert_eq!(killed.restores(), [restored], "{stage}");
@@ -49,14 +62,23 @@ fn a_kill_inside_a_checkpoint_loses_nothing() {
 #[test]
 fn a_killed_launcher_takes_its_worker_along_and_the_same_command_goes_on() {
     let lab = Lab::folder();
-    let want = lab.launch("calm", 1).run().expect(0).state_hashes(&lab, STEPS);
+    let want = lab
+        .launch("calm", 1)
+        .run()
+        .expect(0)
+        .state_hashes(&lab, STEPS);
     let mark = lab.path("mark");
-    let fault = format!("freeze@generation=1,step=5,place=forward,mark={}", mark.display());
+    let fault = format!(
+        "freeze@generation=1,step=5,place=forward,mark={}",
+        mark.display()
+    );
     let running = lab.launch("killed", 1).fault(&fault).spawn();
     let worker = wait_for_mark(&mark);
     running.signal("KILL");
     drop(running);
-    wait_for("the worker to die with its launcher", || (!is_alive(worker)).then_some(()));
+    wait_for("the worker to die with its launcher", || {
+        (!is_alive(worker)).then_some(())
+    });
     let first = lab::run_dir(&lab.path("runs-killed/demo"));
     let resumed = lab.launch("killed", 1).run().expect(0);
     assert_eq!(resumed.run_dir(), first, "the same run goes on");
@@ -67,11 +89,27 @@ fn a_killed_launcher_takes_its_worker_along_and_the_same_command_goes_on() {
 #[test]
 fn a_complete_run_says_so_and_goes_on_when_the_steps_are_raised() {
     let lab = Lab::folder();
-    let want = lab.launch("calm", 1).run().expect(0).state_hashes(&lab, STEPS);
-    let first = lab.launch("raised", 1).set(&["train.steps=4"]).run().expect(0);
-    let again = lab.launch("raised", 1).set(&["train.steps=4"]).run().expect(0);
+    let want = lab
+        .launch("calm", 1)
+        .run()
+        .expect(0)
+        .state_hashes(&lab, STEPS);
+    let first = lab
+        .launch("raised", 1)
+        .set(&["train.steps=4"])
+        .run()
+        .expect(0);
+    let again = lab
+        .launch("raised", 1)
+        .set(&["train.steps=4"])
+        .run()
+        .expect(0);
     assert!(again.stdout.contains("is complete"), "{}", again.stdout);
-    assert_eq!(again.events().len(), first.events().len(), "nothing was started");
+    assert_eq!(
+        again.events().len(),
+        first.events().len(),
+        "nothing was started"
+    );
     let raised = lab.launch("raised", 1).run().expect(0);
     assert_eq!(raised.run_id(), first.run_id());
     assert_eq!(raised.restores(), [4]);
@@ -82,15 +120,29 @@ fn a_complete_run_says_so_and_goes_on_when_the_steps_are_raised() {
 fn an_interrupt_saves_and_leaves_no_process() {
     let lab = Lab::folder();
     let mark = lab.path("mark");
-    let fault = format!("mark@generation=1,step=5,place=forward,mark={}", mark.display());
-    let running = lab.launch("stopped", 1).set(&["train.steps=100000"]).fault(&fault).spawn();
+    let fault = format!(
+        "mark@generation=1,step=5,place=forward,mark={}",
+        mark.display()
+    );
+    let running = lab
+        .launch("stopped", 1)
+        .set(&["train.steps=100000"])
+        .fault(&fault)
+        .spawn();
     let worker = wait_for_mark(&mark);
     running.signal("INT");
     let stopped = running.wait().expect(130);
     assert!(!is_alive(worker));
     let saved = stopped.losses().keys().copied().max().unwrap();
     let steps = saved + 2;
-    let resumed =
-        lab.launch("stopped", 1).set(&[&format!("train.steps={steps}")]).run().expect(0);
-    assert_eq!(resumed.restores(), [saved], "the interrupted step was saved");
+    let resumed = lab
+        .launch("stopped", 1)
+        .set(&[&format!("train.steps={steps}")])
+        .run()
+        .expect(0);
+    assert_eq!(
+        resumed.restores(),
+        [saved],
+        "the interrupted step was saved"
+    );
 }

@@ -34,17 +34,38 @@ fn assert_waited(run: &Finished) {
     let events = run.events();
     let count = |wanted: &str| {
         let recovered = |event: &Event| match event {
-            Event::StoreRecovered { operation, waited_s, .. } => {
-                operation == wanted && *waited_s > 1.0
-            }
+            Event::StoreRecovered {
+                operation,
+                waited_s,
+                ..
+            } => operation == wanted && *waited_s > 1.0,
             _ => false,
         };
-        events.iter().filter(|record| recovered(&record.event)).count()
+        events
+            .iter()
+            .filter(|record| recovered(&record.event))
+            .count()
     };
-    assert!(count("get") >= 1 && count("put") >= 1, "get {} put {}", count("get"), count("put"));
-    assert!(events.iter().any(|record| matches!(record.event, Event::StoreRetry { .. })));
-    assert!(events.iter().all(|record| record.generation == 1), "no worker was restarted");
-    assert!(run.stdout.contains("retr"), "the summary says so: {}", run.stdout);
+    assert!(
+        count("get") >= 1 && count("put") >= 1,
+        "get {} put {}",
+        count("get"),
+        count("put")
+    );
+    assert!(
+        events
+            .iter()
+            .any(|record| matches!(record.event, Event::StoreRetry { .. }))
+    );
+    assert!(
+        events.iter().all(|record| record.generation == 1),
+        "no worker was restarted"
+    );
+    assert!(
+        run.stdout.contains("retr"),
+        "the summary says so: {}",
+        run.stdout
+    );
 }
 
 #[test]
@@ -59,7 +80,10 @@ fn a_frozen_store_is_waited_for() {
     signal(lab.server().pid(), "CONT");
     let run = running.wait().expect(0);
     assert_waited(&run);
-    assert_eq!(run.state_hashes(&lab, STEPS), calm.state_hashes(&lab, STEPS));
+    assert_eq!(
+        run.state_hashes(&lab, STEPS),
+        calm.state_hashes(&lab, STEPS)
+    );
 }
 
 #[test]
@@ -75,7 +99,9 @@ fn a_store_that_dies_and_comes_back_is_waited_for() {
     let read = |name: &str| std::fs::read(format!("/proc/{pid}/{name}")).unwrap();
     let strings = |bytes: Vec<u8>| -> Vec<String> {
         let parts = bytes.split(|&b| b == 0).filter(|part| !part.is_empty());
-        parts.map(|part| String::from_utf8(part.to_vec()).unwrap()).collect()
+        parts
+            .map(|part| String::from_utf8(part.to_vec()).unwrap())
+            .collect()
     };
     let command = strings(read("cmdline"));
     let environment = strings(read("environ"));

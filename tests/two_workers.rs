@@ -16,13 +16,26 @@ const STEPS: u64 = 8;
 fn assert_exchanged(run: &Finished, workers: usize) {
     let mut own = BTreeSet::new();
     let mut reduced = BTreeSet::new();
-    for record in run.events().into_iter().filter(|record| record.generation == 1) {
-        if let Event::GradientExchange { own_hash, reduced_hash, .. } = record.event {
+    for record in run
+        .events()
+        .into_iter()
+        .filter(|record| record.generation == 1)
+    {
+        if let Event::GradientExchange {
+            own_hash,
+            reduced_hash,
+            ..
+        } = record.event
+        {
             own.insert(own_hash);
             reduced.insert(reduced_hash);
         }
     }
-    assert_eq!((own.len(), reduced.len()), (workers, 1), "{own:?} {reduced:?}");
+    assert_eq!(
+        (own.len(), reduced.len()),
+        (workers, 1),
+        "{own:?} {reduced:?}"
+    );
     assert!(own.is_disjoint(&reduced));
 }
 
@@ -49,12 +62,23 @@ fn any_killed_process_is_survived_with_the_same_bits() {
         let fault = format!("kill@generation=1,rank={rank},step={step},place={place}");
         let killed = lab.launch(&name, 2).fault(&fault).run().expect(0);
         let restores = killed.restores();
-        assert_eq!(restores, [if step == 5 { 4 } else { 2 }], "rank {rank} in {place}");
-        assert_eq!(killed.state_hashes(&lab, STEPS), want, "rank {rank} in {place}");
+        assert_eq!(
+            restores,
+            [if step == 5 { 4 } else { 2 }],
+            "rank {rank} in {place}"
+        );
+        assert_eq!(
+            killed.state_hashes(&lab, STEPS),
+            want,
+            "rank {rank} in {place}"
+        );
     }
     // All processes at once: the launcher is killed, its workers die with it.
     let mark = lab.path("mark");
-    let fault = format!("freeze@generation=1,rank=1,step=5,place=forward,mark={}", mark.display());
+    let fault = format!(
+        "freeze@generation=1,rank=1,step=5,place=forward,mark={}",
+        mark.display()
+    );
     let running = lab.launch("all", 2).fault(&fault).spawn();
     let worker = wait_for_mark(&mark);
     running.signal("KILL");
@@ -69,7 +93,11 @@ fn any_killed_process_is_survived_with_the_same_bits() {
 fn two_workers_become_one_with_the_same_samples_and_losses() {
     let lab = Lab::s3();
     let run = |name: &str, workers: u32, steps: &str| {
-        lab.launch(name, workers).set(NO_DROPOUT).set(&[steps]).run().expect(0)
+        lab.launch(name, workers)
+            .set(NO_DROPOUT)
+            .set(&[steps])
+            .run()
+            .expect(0)
     };
     let calm = run("calm", 2, "train.steps=24");
     run("changed", 2, "train.steps=4");
@@ -81,14 +109,22 @@ fn two_workers_become_one_with_the_same_samples_and_losses() {
     let want = calm.losses();
     for (step, loss) in changed.losses() {
         let difference = (loss - want[&step]).abs() / want[&step];
-        assert!(difference < 1e-4, "step {step}: {loss} {} ({difference:e})", want[&step]);
+        assert!(
+            difference < 1e-4,
+            "step {step}: {loss} {} ({difference:e})",
+            want[&step]
+        );
     }
 }
 
 #[test]
 fn a_run_whose_launcher_died_publishes_nothing() {
     let lab = Lab::s3();
-    let want = lab.launch("calm", 2).run().expect(0).state_hashes(&lab, STEPS);
+    let want = lab
+        .launch("calm", 2)
+        .run()
+        .expect(0)
+        .state_hashes(&lab, STEPS);
 
     // Generation 1 keeps its store and outlives its launcher; rank 1 waits in step 3. (Not frozen:
     // the kernel hangs up on stopped processes whose parent dies.)
@@ -104,11 +140,18 @@ fn a_run_whose_launcher_died_publishes_nothing() {
         go.display(),
         other.display()
     );
-    let running = lab.launch("orphaned", 2).set(&orphans).fault(&first).spawn();
+    let running = lab
+        .launch("orphaned", 2)
+        .set(&orphans)
+        .fault(&first)
+        .spawn();
     let workers = [wait_for_mark(&waiting), wait_for_mark(&other)];
     running.signal("KILL");
     drop(running);
-    assert!(workers.iter().all(|&pid| is_alive(pid)), "the workers live on");
+    assert!(
+        workers.iter().all(|&pid| is_alive(pid)),
+        "the workers live on"
+    );
 
     // Generation 2 claims the run, restores step 2 and waits before the next checkpoint.
     let second = format!(
@@ -125,10 +168,12 @@ fn a_run_whose_launcher_died_publishes_nothing() {
     }
     let dir = lab::run_dir(&lab.path("runs-orphaned/demo"));
     let id = dir.file_name().unwrap().to_str().unwrap();
-    let url = format!("s3://pollen-test/runs-orphaned/demo/{}/checkpoints", id);
+    let url = format!("s3://pollen-test/runs-orphaned/demo/{id}/checkpoints");
     let objects = list(&lab, &url);
     assert!(
-        objects.iter().any(|path| path.starts_with("step-00000004/g1/")),
+        objects
+            .iter()
+            .any(|path| path.starts_with("step-00000004/g1/")),
         "the orphans did write: {objects:?}"
     );
     std::fs::write(&free, "").unwrap();
@@ -142,7 +187,10 @@ fn a_run_whose_launcher_died_publishes_nothing() {
         .filter(|record| matches!(record.event, Event::Checkpoint { step, .. } if step > 2))
         .map(|record| record.generation)
         .collect();
-    assert!(checkpoints.iter().all(|&generation| generation == 2), "{checkpoints:?}");
+    assert!(
+        checkpoints.iter().all(|&generation| generation == 2),
+        "{checkpoints:?}"
+    );
     let ends: Vec<String> = finished
         .events()
         .into_iter()
@@ -153,7 +201,8 @@ fn a_run_whose_launcher_died_publishes_nothing() {
         })
         .collect();
     assert!(
-        ends.iter().any(|reason| reason.contains("replaced by generation 2")),
+        ends.iter()
+            .any(|reason| reason.contains("replaced by generation 2")),
         "generation 1 says that it was fenced: {ends:?}"
     );
 }

@@ -85,6 +85,63 @@ pub(crate) enum ConfigCommand {
 pub(crate) enum DataCommand {
     /// Computes a dataset's index and statistics (meta/pollen.json) where they are missing
     Index(RecipeArgs),
+    /// Converts a dataset to LeRobotDataset v3.0 with images; the same command goes on after a kill
+    Convert(ConvertArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ConvertArgs {
+    /// Folder, file or URL of the source: RLDS/TFDS, LeRobot v2 or v3, CALVIN, HDF5 of LIBERO,
+    /// robomimic or robosuite
+    pub(crate) source: String,
+    /// Folder or URL of the dataset to make
+    pub(crate) destination: String,
+    /// Format of the source (rlds, lerobot, calvin, hdf5); found out when not given
+    #[arg(long)]
+    pub(crate) kind: Option<pollen_convert::SourceKind>,
+    /// Split of an RLDS dataset, or folder of CALVIN
+    #[arg(long)]
+    pub(crate) split: Option<String>,
+    /// Image field and the camera it becomes; may be repeated. Found by name when not given
+    #[arg(long = "camera", value_name = "FIELD=CAMERA", value_parser = camera)]
+    pub(crate) cameras: Vec<(String, String)>,
+    /// Field that becomes (a part of) the action; may be repeated
+    #[arg(long = "action", value_name = "FIELD")]
+    pub(crate) actions: Vec<String>,
+    /// Field that becomes (a part of) the state; may be repeated
+    #[arg(long = "state", value_name = "FIELD")]
+    pub(crate) states: Vec<String>,
+    /// Field that holds the instruction
+    #[arg(long, value_name = "FIELD")]
+    pub(crate) instruction: Option<String>,
+    /// Instruction of episodes that have none
+    #[arg(long)]
+    pub(crate) task: Option<String>,
+    /// Frames a second, where the source does not say
+    #[arg(long)]
+    pub(crate) fps: Option<f64>,
+    /// Short side of the images in pixels; by default JPEG bytes stay as they are
+    #[arg(long)]
+    pub(crate) resize: Option<u32>,
+    /// Quality of the JPEG that PNG files and arrays are encoded as
+    #[arg(long, default_value_t = 95)]
+    pub(crate) jpeg_quality: u8,
+    /// Turns images by 180 degrees (true) or not (false); by default where the format stores them
+    /// upside down
+    #[arg(long)]
+    pub(crate) rotate: Option<bool>,
+    /// Episodes that are read at once; by default one per core
+    #[arg(long)]
+    pub(crate) jobs: Option<std::num::NonZeroUsize>,
+}
+
+fn camera(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((field, camera)) if !field.is_empty() && !camera.is_empty() => {
+            Ok((field.into(), camera.into()))
+        }
+        _ => Err("write FIELD=CAMERA, for example observation/image_0=primary".into()),
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,6 +1,7 @@
 //! One module per command.
 
 pub(crate) mod config;
+pub(crate) mod convert;
 pub(crate) mod data;
 pub(crate) mod launch;
 pub(crate) mod model;

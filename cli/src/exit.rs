@@ -44,19 +44,46 @@ pub(crate) fn code_of(error: &Error) -> ExitCode {
 }
 
 fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<ErrorClass> {
-    None.or_else(|| cause.downcast_ref::<pollen_storage::Error>().map(pollen_storage::Error::class))
-        .or_else(|| {
-            cause.downcast_ref::<pollen_dataloader::Error>().map(pollen_dataloader::Error::class)
-        })
-        .or_else(|| {
-            cause.downcast_ref::<pollen_checkpoints::Error>().map(pollen_checkpoints::Error::class)
-        })
-        .or_else(|| {
-            cause.downcast_ref::<pollen_collectives::Error>().map(pollen_collectives::Error::class)
-        })
-        .or_else(|| cause.downcast_ref::<pollen_launcher::Error>().map(pollen_launcher::Error::class))
-        .or_else(|| cause.downcast_ref::<pollen_observe::Error>().map(pollen_observe::Error::class))
-        .or_else(|| cause.downcast_ref::<pollen_model::Error>().map(pollen_model::Error::class))
+    None.or_else(|| {
+        cause
+            .downcast_ref::<pollen_storage::Error>()
+            .map(pollen_storage::Error::class)
+    })
+    .or_else(|| {
+        cause
+            .downcast_ref::<pollen_dataloader::Error>()
+            .map(pollen_dataloader::Error::class)
+    })
+    .or_else(|| {
+        cause
+            .downcast_ref::<pollen_checkpoints::Error>()
+            .map(pollen_checkpoints::Error::class)
+    })
+    .or_else(|| {
+        cause
+            .downcast_ref::<pollen_collectives::Error>()
+            .map(pollen_collectives::Error::class)
+    })
+    .or_else(|| {
+        cause
+            .downcast_ref::<pollen_convert::Error>()
+            .map(pollen_convert::Error::class)
+    })
+    .or_else(|| {
+        cause
+            .downcast_ref::<pollen_launcher::Error>()
+            .map(pollen_launcher::Error::class)
+    })
+    .or_else(|| {
+        cause
+            .downcast_ref::<pollen_observe::Error>()
+            .map(pollen_observe::Error::class)
+    })
+    .or_else(|| {
+        cause
+            .downcast_ref::<pollen_model::Error>()
+            .map(pollen_model::Error::class)
+    })
 }
 
 /// Returns an error with its causes, each once: many messages hold their cause already.

@@ -48,7 +48,10 @@ impl Recipe {
     /// Reads a recipe by name or path, with the environment and `--set` on top.
     pub(crate) fn load(name: &str, overrides: &[String]) -> Result<Self> {
         let path = recipe_path(name)?;
-        let root = path.parent().and_then(Path::parent).unwrap_or(Path::new("."));
+        let root = path
+            .parent()
+            .and_then(Path::parent)
+            .unwrap_or(Path::new("."));
         let configs = root.join("configs");
         let mut layered = Layered::load(&path, &configs)?;
         layered.apply_env(std::env::vars())?;
@@ -74,9 +77,18 @@ impl Recipe {
         let mut faults = config.faults();
         faults.extend(launch.validate());
         if faults.is_empty() {
-            Ok(Self { config, launch, run, layered })
+            Ok(Self {
+                config,
+                launch,
+                run,
+                layered,
+            })
         } else {
-            Err(ConfigError::Invalid { origin: config.name, faults }.into())
+            Err(ConfigError::Invalid {
+                origin: config.name,
+                faults,
+            }
+            .into())
         }
     }
 
@@ -92,7 +104,11 @@ impl Recipe {
             remove(&mut table, path);
         }
         let text = serde_json::to_vec(&sorted(Value::Table(table))).expect("TOML values serialise");
-        Sha256::digest(&text).iter().take(16).map(|byte| format!("{byte:02x}")).collect()
+        Sha256::digest(&text)
+            .iter()
+            .take(16)
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 
@@ -114,7 +130,10 @@ fn sorted(value: Value) -> serde_json::Value {
         Value::Table(table) => {
             let mut entries: Vec<(String, Value)> = table.into_iter().collect();
             entries.sort_by(|a, b| a.0.cmp(&b.0));
-            entries.into_iter().map(|(key, value)| (key, sorted(value))).collect()
+            entries
+                .into_iter()
+                .map(|(key, value)| (key, sorted(value)))
+                .collect()
         }
         Value::Array(items) => items.into_iter().map(sorted).collect(),
         other => serde_json::to_value(other).expect("scalars serialise"),
@@ -123,7 +142,10 @@ fn sorted(value: Value) -> serde_json::Value {
 
 fn recipe_path(name: &str) -> Result<PathBuf> {
     let direct = PathBuf::from(name);
-    if direct.extension().is_some_and(|extension| extension == "toml") {
+    if direct
+        .extension()
+        .is_some_and(|extension| extension == "toml")
+    {
         return Ok(direct);
     }
     let path = Path::new("recipes").join(format!("{name}.toml"));
@@ -143,7 +165,10 @@ fn recipe_path(name: &str) -> Result<PathBuf> {
              that ends in .toml"
                 .into()
         } else {
-            format!("recipes/{name}.toml does not exist; there are: {}", known.join(", "))
+            format!(
+                "recipes/{name}.toml does not exist; there are: {}",
+                known.join(", ")
+            )
         }],
     }
     .into())
@@ -151,15 +176,19 @@ fn recipe_path(name: &str) -> Result<PathBuf> {
 
 /// Replaces `embodiments = ["name", ...]` by the action spaces of `configs/embodiments/`.
 fn resolve_embodiments(layered: &mut Layered, configs: &Path) -> Result<()> {
-    let Some(names) = layered.remove("embodiments") else { return Ok(()) };
+    let Some(names) = layered.remove("embodiments") else {
+        return Ok(());
+    };
     let names = names.as_array().cloned().unwrap_or_default();
     let mut spaces = Vec::new();
     for name in names {
         let name = name.as_str().unwrap_or_default().to_owned();
         let path = configs.join("embodiments").join(format!("{name}.toml"));
         let origin = path.display().to_string();
-        let text = std::fs::read_to_string(&path)
-            .map_err(|source| ConfigError::Read { path: origin.clone(), source })?;
+        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::Read {
+            path: origin.clone(),
+            source,
+        })?;
         spaces.push(Value::try_from(ActionSpaceFile::parse(&text, &origin)?)?);
     }
     layered.insert("action_spaces", Value::Array(spaces), "embodiments")?;

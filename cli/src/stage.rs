@@ -10,8 +10,12 @@ use pollen_storage::Storage;
 pub(crate) async fn stage(from: &Path, to: &Storage) -> Result<usize> {
     let files = files_below(from)
         .with_context(|| format!("cannot list run.stage_from = {}", from.display()))?;
-    let present: std::collections::HashMap<String, u64> =
-        to.list("").await?.into_iter().map(|object| (object.path, object.size)).collect();
+    let present: std::collections::HashMap<String, u64> = to
+        .list("")
+        .await?
+        .into_iter()
+        .map(|object| (object.path, object.size))
+        .collect();
     let missing: Vec<(String, PathBuf)> = files
         .into_iter()
         .filter(|(name, path)| {

@@ -51,7 +51,9 @@ impl Fetching {
     }
 
     async fn finish(mut self) -> Result<Fetched> {
-        (&mut self.0).await.unwrap_or(Err(Error::Ended { part: "fetch task" }))
+        (&mut self.0)
+            .await
+            .unwrap_or(Err(Error::Ended { part: "fetch task" }))
     }
 }
 

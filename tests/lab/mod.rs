@@ -1,7 +1,17 @@
 //! A place to run the real command in: a folder of its own, a store, faults, and what came out.
 
+#![allow(unreachable_pub, reason = "shared by test binaries")]
 #![allow(dead_code, reason = "each test binary uses a part of this")]
-#![allow(clippy::unwrap_used, clippy::missing_panics_doc, reason = "tests")]
+#![allow(
+    clippy::unwrap_used,
+    clippy::missing_panics_doc,
+    clippy::format_push_string,
+    clippy::must_use_candidate,
+    clippy::return_self_not_must_use,
+    missing_debug_implementations,
+    missing_docs,
+    reason = "tests"
+)]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -13,7 +23,7 @@ use pollen_observe::{Event, Record, read_events};
 use tempfile::TempDir;
 
 /// Longest wait for anything: about ten times what it takes.
-pub const PATIENCE: Duration = Duration::from_secs(300);
+pub const PATIENCE: Duration = Duration::from_mins(5);
 
 /// A model below 100k parameters and a run of a few steps; dropout stays on.
 const TINY: &[&str] = &[
@@ -68,7 +78,10 @@ pub struct Lab {
 impl Lab {
     /// Data and checkpoints in a folder.
     pub fn folder() -> Self {
-        Self { dir: TempDir::new().unwrap(), server: None }
+        Self {
+            dir: TempDir::new().unwrap(),
+            server: None,
+        }
     }
 
     /// Data and checkpoints in a real S3 server.
@@ -76,7 +89,10 @@ impl Lab {
         let dir = TempDir::new().unwrap();
         let weed = find_weed(|name| std::env::var(name).ok(), &root()).unwrap();
         let server = ObjectServer::start(&weed, &dir.path().join("store"), "pollen-test").unwrap();
-        Self { dir, server: Some(server) }
+        Self {
+            dir,
+            server: Some(server),
+        }
     }
 
     pub fn server(&self) -> &ObjectServer {
@@ -100,7 +116,9 @@ impl Lab {
     pub fn launch(&self, name: &str, workers: u32) -> Launch {
         let mut command = Command::new(env!("CARGO_BIN_EXE_pollen"));
         command.current_dir(root()).args(["launch", "demo"]);
-        command.arg("--runs").arg(self.path(&format!("runs-{name}")));
+        command
+            .arg("--runs")
+            .arg(self.path(&format!("runs-{name}")));
         let base = self.base_url();
         let mut sets: Vec<String> = TINY.iter().map(|set| (*set).to_owned()).collect();
         sets.push(format!("data.root={base}/datasets"));
@@ -112,13 +130,20 @@ impl Lab {
             command.envs(server.variables());
         }
         command.env("RAYON_NUM_THREADS", "1");
-        Launch { command, sets, runs: self.path(&format!("runs-{name}/demo")) }
+        Launch {
+            command,
+            sets,
+            runs: self.path(&format!("runs-{name}/demo")),
+        }
     }
 }
 
 /// The repository's root.
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
 }
 
 /// A command line in the making.
@@ -152,8 +177,14 @@ impl Launch {
         for set in &self.sets {
             self.command.args(["--set", set]);
         }
-        self.command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        Running { child: Some(self.command.spawn().unwrap()), runs: self.runs }
+        self.command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        Running {
+            child: Some(self.command.spawn().unwrap()),
+            runs: self.runs,
+        }
     }
 
     /// Runs the command to its end.
@@ -180,8 +211,11 @@ impl Running {
 
     /// Waits for the launcher's end.
     pub fn wait(mut self) -> Finished {
-        let Output { status, stdout, stderr } =
-            self.child.take().unwrap().wait_with_output().unwrap();
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = self.child.take().unwrap().wait_with_output().unwrap();
         Finished {
             status,
             stdout: String::from_utf8(stdout).unwrap(),
@@ -202,14 +236,23 @@ impl Drop for Running {
 
 /// Sends a signal to one process.
 pub fn signal(pid: u32, name: &str) {
-    let status = Command::new("kill").args(["-s", name, &pid.to_string()]).status().unwrap();
+    let status = Command::new("kill")
+        .args(["-s", name, &pid.to_string()])
+        .status()
+        .unwrap();
     assert!(status.success(), "kill -s {name} {pid}");
 }
 
 /// Returns whether a process exists and is no zombie.
 pub fn is_alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat"))
-        .is_ok_and(|stat| !stat.rsplit(')').next().unwrap().trim_start().starts_with('Z'))
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
+        !stat
+            .rsplit(')')
+            .next()
+            .unwrap()
+            .trim_start()
+            .starts_with('Z')
+    })
 }
 
 /// Waits until `ready` returns something.
@@ -255,7 +298,9 @@ impl Finished {
     }
 
     fn logs(&self) -> String {
-        let Ok(entries) = std::fs::read_dir(self.run_dir().join("logs")) else { return String::new() };
+        let Ok(entries) = std::fs::read_dir(self.run_dir().join("logs")) else {
+            return String::new();
+        };
         let mut text = String::new();
         for entry in entries.flatten() {
             let log = std::fs::read_to_string(entry.path()).unwrap_or_default();
@@ -270,7 +315,12 @@ impl Finished {
     }
 
     pub fn run_id(&self) -> String {
-        self.run_dir().file_name().unwrap().to_str().unwrap().to_owned()
+        self.run_dir()
+            .file_name()
+            .unwrap()
+            .to_str()
+            .unwrap()
+            .to_owned()
     }
 
     pub fn events(&self) -> Vec<Record> {
@@ -296,7 +346,11 @@ impl Finished {
             if let Event::Step(step) = record.event
                 && let Some(before) = losses.insert(step.step, step.loss)
             {
-                assert_eq!(before, step.loss, "step {} was not repeated to the bit", step.step);
+                assert_eq!(
+                    before, step.loss,
+                    "step {} was not repeated to the bit",
+                    step.step
+                );
             }
         }
         losses
@@ -325,7 +379,9 @@ impl Finished {
             .iter()
             .rev()
             .find_map(|record| match &record.event {
-                Event::Checkpoint { step: saved, url, .. } if *saved == step => Some(url.clone()),
+                Event::Checkpoint {
+                    step: saved, url, ..
+                } if *saved == step => Some(url.clone()),
                 _ => None,
             })
             .unwrap_or_else(|| panic!("no checkpoint of step {step}"));

@@ -50,8 +50,13 @@ pub struct BatchBuilder {
 
 impl BatchBuilder {
     /// Returns a builder of the same inputs outside the gradient tape.
+    #[must_use]
     pub fn without_autodiff(&self) -> Self {
-        Self { device: self.device.clone().inner(), spaces: self.spaces.clone(), ..*self }
+        Self {
+            device: self.device.clone().inner(),
+            spaces: self.spaces.clone(),
+            ..*self
+        }
     }
 
     /// Returns the observation of a host batch.
@@ -61,15 +66,17 @@ impl BatchBuilder {
         let device = &self.device;
         let pixels = TensorData::new(batch.images.clone(), [b * n, 3, s, s]);
         let pixels = Tensor::<4, Int>::from_data(pixels, (device, DType::U8)).float();
-        let constant = |values: [f32; 3]| {
-            Tensor::<1>::from_floats(values, device).reshape([1, 3, 1, 1])
-        };
+        let constant =
+            |values: [f32; 3]| Tensor::<1>::from_floats(values, device).reshape([1, 3, 1, 1]);
         let images = (pixels / 255.0 - constant(PIXEL_MEAN)) / constant(PIXEL_STD);
         let floats = |values: &[f32], shape: [usize; 2]| {
             Tensor::<2>::from_data(TensorData::new(values.to_vec(), shape), device)
         };
-        let present: Vec<f32> =
-            batch.camera_present.iter().map(|&p| f32::from(u8::from(p))).collect();
+        let present: Vec<f32> = batch
+            .camera_present
+            .iter()
+            .map(|&p| f32::from(u8::from(p)))
+            .collect();
         let text_mask: Vec<f32> = batch.text_mask.iter().map(|&m| f32::from(m)).collect();
         let ids = TensorData::new(batch.input_ids.clone(), [b, d.text_length]);
         Observation {
@@ -128,19 +135,27 @@ impl BatchBuilder {
         let depth_keep = rates.iter().any(|&rate| rate > 0.0).then(|| {
             let mut keep = vec![0.0; b * rates.len()];
             for (i, out) in keep.chunks_exact_mut(rates.len()).enumerate() {
-                self.randomness.depth_keep(batch.sample_indices[i], &rates, out);
+                self.randomness
+                    .depth_keep(batch.sample_indices[i], &rates, out);
             }
             Tensor::from_data(TensorData::new(keep, [b, rates.len()]), &self.device)
         });
         let rate = config.token_dropout;
         let token_keep = (rate > 0.0).then(|| {
-            let (c, d) = (config.context_len(batch.dims.text_length), config.language.width);
+            let (c, d) = (
+                config.context_len(batch.dims.text_length),
+                config.language.width,
+            );
             let mut keep = vec![0.0; b * c * d];
             for (i, out) in keep.chunks_exact_mut(c * d).enumerate() {
-                self.randomness.token_keep(batch.sample_indices[i], rate, out);
+                self.randomness
+                    .token_keep(batch.sample_indices[i], rate, out);
             }
             Tensor::from_data(TensorData::new(keep, [b, c, d]), &self.device)
         });
-        TrainMasks { depth_keep, token_keep }
+        TrainMasks {
+            depth_keep,
+            token_keep,
+        }
     }
 }

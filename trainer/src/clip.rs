@@ -40,10 +40,16 @@ mod tests {
 
     #[test]
     fn the_cut_into_parts_changes_no_bit() {
-        let values: Vec<f32> = (0..3 * CHUNK + 17).map(|i| (i as f32 * 0.37).sin()).collect();
+        let values: Vec<f32> = (0..3 * CHUNK + 17)
+            .map(|i| (i as f32 * 0.37).sin())
+            .collect();
         let whole = norm([&values]);
         for cut in [1, 1000, CHUNK - 1, CHUNK, 2 * CHUNK + 5] {
-            assert_eq!(whole, norm([&values[..cut], &values[cut..]]), "cut at {cut}");
+            assert_eq!(
+                whole,
+                norm([&values[..cut], &values[cut..]]),
+                "cut at {cut}"
+            );
         }
     }
 

@@ -95,7 +95,11 @@ pub enum Group {
 impl Group {
     /// Returns the group of a canonical parameter name.
     pub fn of(name: &str) -> Self {
-        if name.starts_with("vlm.") { Self::Vlm } else { Self::Head }
+        if name.starts_with("vlm.") {
+            Self::Vlm
+        } else {
+            Self::Head
+        }
     }
 
     /// Returns the group's name in recipes and logs.
@@ -191,20 +195,32 @@ impl RunConfig {
         faults.extend(self.observe.validate());
         for fault in [
             self.data.validate().err().map(|error| error.to_string()),
-            self.communicator.validate().err().map(|error| error.to_string()),
+            self.communicator
+                .validate()
+                .err()
+                .map(|error| error.to_string()),
         ] {
             faults.extend(fault);
         }
         if self.version != 1 {
-            faults.push(format!("version = {} is not known; this build reads 1", self.version));
+            faults.push(format!(
+                "version = {} is not known; this build reads 1",
+                self.version
+            ));
         }
         if self.action_spaces.is_empty() {
             faults.push("embodiments names no action space".into());
         }
         for (i, space) in self.action_spaces.iter().enumerate() {
             faults.extend(space.faults());
-            if self.action_spaces[..i].iter().any(|other| other.name == space.name) {
-                faults.push(format!("embodiments names action space `{}` twice", space.name));
+            if self.action_spaces[..i]
+                .iter()
+                .any(|other| other.name == space.name)
+            {
+                faults.push(format!(
+                    "embodiments names action space `{}` twice",
+                    space.name
+                ));
             }
         }
         let train = &self.train;

@@ -18,7 +18,12 @@ impl Gradients {
     /// Adds the gradients of one micro-batch. A parameter without a gradient counts as zero.
     ///
     /// `named` holds canonical names with flat gradients, sorted by name.
-    pub fn add(&mut self, layout: &Layout, named: Vec<(String, Option<Tensor<1>>)>, device: &Device) {
+    pub fn add(
+        &mut self,
+        layout: &Layout,
+        named: Vec<(String, Option<Tensor<1>>)>,
+        device: &Device,
+    ) {
         let mut by_name: std::collections::HashMap<String, Tensor<1>> = named
             .into_iter()
             .filter_map(|(name, gradient)| gradient.map(|gradient| (name, gradient)))
@@ -61,7 +66,9 @@ impl Gradients {
             .into_iter()
             .map(|handle| match handle.wait()? {
                 Buffer::Host(HostBuffer::F32(values)) => Ok(values),
-                other => Err(Error::internal(format!("all-reduce of f32 returned {other:?}"))),
+                other => Err(Error::internal(format!(
+                    "all-reduce of f32 returned {other:?}"
+                ))),
             })
             .collect()
     }
@@ -72,7 +79,9 @@ pub fn sum_f64(communicator: &dyn Communicator, values: Vec<f64>) -> Result<Vec<
     let handle = communicator.all_reduce(Buffer::Host(HostBuffer::F64(values)), ReduceOp::Sum)?;
     match handle.wait()? {
         Buffer::Host(HostBuffer::F64(values)) => Ok(values),
-        other => Err(Error::internal(format!("all-reduce of f64 returned {other:?}"))),
+        other => Err(Error::internal(format!(
+            "all-reduce of f64 returned {other:?}"
+        ))),
     }
 }
 
@@ -90,5 +99,10 @@ pub fn hash(buckets: &[Vec<f32>]) -> String {
             digest.update(value.to_le_bytes());
         }
     }
-    digest.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect()
+    digest
+        .finalize()
+        .iter()
+        .take(8)
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
 }

@@ -52,22 +52,32 @@ impl Trainer {
             let sampled = host_values(sampled.reshape([-1]));
             self.add(&host, &sampled, &mut sums);
         }
-        let flat = sums.iter().flat_map(|s| [s.entries, s.error, s.mean_error, s.chunks]).collect();
+        let flat = sums
+            .iter()
+            .flat_map(|s| [s.entries, s.error, s.mean_error, s.chunks])
+            .collect();
         let flat = sum_f64(self.communicator.as_ref(), flat)?;
         self.timer.close();
-        let rows = flat.as_chunks::<4>().0.iter().zip(&self.config.action_spaces).zip(episodes);
+        let rows = flat
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .zip(&self.config.action_spaces)
+            .zip(episodes);
         Ok(rows
             .filter(|((row, _), _)| row[0] > 0.0)
-            .map(|((&[entries, error, mean_error, chunks], space), episodes)| {
-                let result = SpaceError {
-                    error: error / entries,
-                    mean_predictor_error: mean_error / entries,
-                    per_horizon: None,
-                    episodes: episodes.len() as u64,
-                    chunks: chunks as u64,
-                };
-                (space.name.clone(), result)
-            })
+            .map(
+                |((&[entries, error, mean_error, chunks], space), episodes)| {
+                    let result = SpaceError {
+                        error: error / entries,
+                        mean_predictor_error: mean_error / entries,
+                        per_horizon: None,
+                        episodes: episodes.len() as u64,
+                        chunks: chunks as u64,
+                    };
+                    (space.name.clone(), result)
+                },
+            )
             .collect())
     }
 
@@ -75,10 +85,15 @@ impl Trainer {
         let chunk = host.dims.action_horizon * host.dims.action_width;
         for (i, &space) in host.spaces.iter().enumerate() {
             let own = i * chunk..(i + 1) * chunk;
-            let Some(mean) = &self.mean_chunks[space as usize] else { continue };
+            let Some(mean) = &self.mean_chunks[space as usize] else {
+                continue;
+            };
             let sums = &mut sums[space as usize];
             sums.chunks += 1.0;
-            let entries = host.actions[own.clone()].iter().zip(&sampled[own.clone()]).zip(mean);
+            let entries = host.actions[own.clone()]
+                .iter()
+                .zip(&sampled[own.clone()])
+                .zip(mean);
             for (((&target, &sampled), &mean), &valid) in entries.zip(&host.valid[own]) {
                 if valid == 1 {
                     sums.entries += 1.0;

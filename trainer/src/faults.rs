@@ -27,9 +27,19 @@ mod active {
 
     fn parse(text: &str) -> Fault {
         let (kind, conditions) = text.split_once('@').unwrap_or((text, ""));
-        let mut fault = Fault { kind: kind.trim().to_owned(), ..Fault::default() };
-        for (key, value) in conditions.split(',').filter_map(|pair| pair.split_once('=')) {
-            let number = || value.parse().unwrap_or_else(|_| panic!("POLLEN_FAULT: {key}={value}"));
+        let mut fault = Fault {
+            kind: kind.trim().to_owned(),
+            ..Fault::default()
+        };
+        for (key, value) in conditions
+            .split(',')
+            .filter_map(|pair| pair.split_once('='))
+        {
+            let number = || {
+                value
+                    .parse()
+                    .unwrap_or_else(|_| panic!("POLLEN_FAULT: {key}={value}"))
+            };
             match key.trim() {
                 "generation" => fault.generation = Some(number()),
                 "rank" => fault.rank = Some(number() as u32),
@@ -55,9 +65,14 @@ mod active {
         STEP.store(step, Ordering::Relaxed);
         let faults = FAULTS.get_or_init(|| {
             let text = std::env::var("POLLEN_FAULT").unwrap_or_default();
-            text.split(';').filter(|part| !part.trim().is_empty()).map(parse).collect()
+            text.split(';')
+                .filter(|part| !part.trim().is_empty())
+                .map(parse)
+                .collect()
         });
-        let Some(&(generation, rank)) = WHO.get() else { return };
+        let Some(&(generation, rank)) = WHO.get() else {
+            return;
+        };
         for fault in faults {
             let hit = fault.generation.is_none_or(|wanted| wanted == generation)
                 && fault.rank.is_none_or(|wanted| wanted == rank)
@@ -83,7 +98,10 @@ mod active {
             "kill" => kill_process(getpid(), Signal::KILL).expect("a process may kill itself"),
             "freeze" => kill_process(getpid(), Signal::STOP).expect("a process may stop itself"),
             "hold" => {
-                let until = fault.until.as_ref().expect("POLLEN_FAULT: hold needs until=PATH");
+                let until = fault
+                    .until
+                    .as_ref()
+                    .expect("POLLEN_FAULT: hold needs until=PATH");
                 while !until.exists() {
                     std::thread::sleep(Duration::from_millis(20));
                 }

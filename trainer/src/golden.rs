@@ -23,7 +23,11 @@ impl Golden {
         let (_, header) = SafeTensors::read_metadata(&bytes).expect("a safetensors header");
         let metadata = header.metadata().as_ref().expect("metadata");
         let json = |key: &str| serde_json::from_str(&metadata[key]).expect("JSON");
-        Self { config: json("config"), tolerance: json("tolerance"), bytes }
+        Self {
+            config: json("config"),
+            tolerance: json("tolerance"),
+            bytes,
+        }
     }
 
     fn tensors(&self) -> SafeTensors<'_> {
@@ -44,9 +48,20 @@ impl Golden {
 
     fn values<const N: usize, T>(&self, name: &str, from: fn([u8; N]) -> T) -> Vec<T> {
         let tensors = self.tensors();
-        let view = tensors.tensor(name).unwrap_or_else(|e| panic!("{name}: {e}"));
-        assert_eq!(view.data().len(), N * view.shape().iter().product::<usize>(), "{name}: dtype");
-        view.data().as_chunks::<N>().0.iter().map(|chunk| from(*chunk)).collect()
+        let view = tensors
+            .tensor(name)
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert_eq!(
+            view.data().len(),
+            N * view.shape().iter().product::<usize>(),
+            "{name}: dtype"
+        );
+        view.data()
+            .as_chunks::<N>()
+            .0
+            .iter()
+            .map(|chunk| from(*chunk))
+            .collect()
     }
 
     pub(crate) fn f32s(&self, name: &str) -> Vec<f32> {

@@ -77,7 +77,9 @@ pub struct Layout {
 /// `bias`, `layernorm`, `ln` or `norm`. `ln` matches every `adaln` matrix, which is meant.
 pub fn is_decay_exempt(name: &str) -> bool {
     let name = name.to_lowercase();
-    ["bias", "layernorm", "ln", "norm"].iter().any(|part| name.contains(part))
+    ["bias", "layernorm", "ln", "norm"]
+        .iter()
+        .any(|part| name.contains(part))
 }
 
 impl Layout {
@@ -93,7 +95,13 @@ impl Layout {
             .map(|(name, shape)| {
                 let group = Group::of(&name);
                 let decay = !optimizer.group(group).exempt_norms || !is_decay_exempt(&name);
-                Entry { name, shape, offset: 0, group, decay }
+                Entry {
+                    name,
+                    shape,
+                    offset: 0,
+                    group,
+                    decay,
+                }
             })
             .collect();
         entries.sort_by(|a, b| (a.group, !a.decay, &a.name).cmp(&(b.group, !b.decay, &b.name)));
@@ -113,10 +121,17 @@ impl Layout {
                     bucket.entries.end = i + 1;
                     bucket.range.end = entry.range().end;
                 }
-                _ => buckets.push(Bucket { entries: i..i + 1, range: entry.range() }),
+                _ => buckets.push(Bucket {
+                    entries: i..i + 1,
+                    range: entry.range(),
+                }),
             }
         }
-        Self { entries, buckets, len }
+        Self {
+            entries,
+            buckets,
+            len,
+        }
     }
 
     /// Returns all entries in flat order.
@@ -142,7 +157,10 @@ impl Layout {
     /// Returns the hash that a checkpoint carries: equal hashes mean equal flat offsets.
     pub fn hash(&self) -> String {
         let text = serde_json::to_vec(&self.entries).expect("names and numbers serialise");
-        Sha256::digest(&text).iter().map(|byte| format!("{byte:02x}")).collect()
+        Sha256::digest(&text)
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect()
     }
 }
 
@@ -158,13 +176,27 @@ mod tests {
     #[test]
     fn regions_follow_group_then_decay_then_name() {
         let layout = layout(
-            &["vlm.b.weight", "dit.0.norm1.weight", "cond_linear.weight", "action_decoders.x.weight"],
+            &[
+                "vlm.b.weight",
+                "dit.0.norm1.weight",
+                "cond_linear.weight",
+                "action_decoders.x.weight",
+            ],
             1 << 20,
         );
-        let order: Vec<&str> = layout.entries().iter().map(|entry| entry.name.as_str()).collect();
+        let order: Vec<&str> = layout
+            .entries()
+            .iter()
+            .map(|entry| entry.name.as_str())
+            .collect();
         assert_eq!(
             order,
-            ["action_decoders.x.weight", "cond_linear.weight", "dit.0.norm1.weight", "vlm.b.weight"]
+            [
+                "action_decoders.x.weight",
+                "cond_linear.weight",
+                "dit.0.norm1.weight",
+                "vlm.b.weight"
+            ]
         );
         assert_eq!(layout.buckets().len(), 3, "a bucket never crosses a region");
         assert_eq!(layout.entries()[0].action_space(), Some("x"));

@@ -21,9 +21,17 @@ impl AdamW {
     /// Returns moments of zero.
     pub fn new(layout: &Layout, device: &Device) -> Self {
         let zeros = || {
-            layout.buckets().iter().map(|bucket| Tensor::zeros([bucket.range.len()], device)).collect()
+            layout
+                .buckets()
+                .iter()
+                .map(|bucket| Tensor::zeros([bucket.range.len()], device))
+                .collect()
         };
-        Self { exp_avg: zeros(), exp_avg_sq: zeros(), updates: 0 }
+        Self {
+            exp_avg: zeros(),
+            exp_avg_sq: zeros(),
+            updates: 0,
+        }
     }
 
     /// Restores moments from flat values; `read(name, range)` returns one range of a flat array.
@@ -43,7 +51,11 @@ impl AdamW {
                 })
                 .collect::<Result<Vec<Tensor<1>>, E>>()
         };
-        Ok(Self { exp_avg: load("exp_avg")?, exp_avg_sq: load("exp_avg_sq")?, updates })
+        Ok(Self {
+            exp_avg: load("exp_avg")?,
+            exp_avg_sq: load("exp_avg_sq")?,
+            updates,
+        })
     }
 
     /// Returns the number of updates done.
@@ -65,7 +77,10 @@ impl AdamW {
             }
             out
         };
-        [("exp_avg", slice(&self.exp_avg)), ("exp_avg_sq", slice(&self.exp_avg_sq))]
+        [
+            ("exp_avg", slice(&self.exp_avg)),
+            ("exp_avg_sq", slice(&self.exp_avg_sq)),
+        ]
     }
 
     /// Counts one update; call before the first [`Self::update_bucket`] of a step.
@@ -86,14 +101,18 @@ impl AdamW {
         index: usize,
         parameters: Tensor<1>,
         gradients: Tensor<1>,
-        learning_rate: f64,
-        config: &OptimizerConfig,
+        (learning_rate, config): (f64, &OptimizerConfig),
         active: impl Fn(&Entry) -> bool,
     ) -> Tensor<1> {
         let bucket = &layout.buckets()[index];
         let entries = &layout.entries()[bucket.entries.clone()];
         let decay = entries[0].decay;
-        let rule = Rule::new(config.group(entries[0].group), decay, learning_rate, self.updates);
+        let rule = Rule::new(
+            config.group(entries[0].group),
+            decay,
+            learning_rate,
+            self.updates,
+        );
         let spans = active_spans(entries, bucket.range.start, active);
         if let [span] = spans.as_slice()
             && *span == (0..bucket.range.len())
@@ -109,9 +128,8 @@ impl AdamW {
             let part = |tensor: &Tensor<1>| tensor.clone().slice([span.clone()]);
             let moments = (part(&self.exp_avg[index]), part(&self.exp_avg_sq[index]));
             let (p, m, v) = rule.apply(part(&updated), part(&gradients), moments);
-            let place = |tensor: &Tensor<1>, values| {
-                tensor.clone().slice_assign([span.clone()], values)
-            };
+            let place =
+                |tensor: &Tensor<1>, values| tensor.clone().slice_assign([span.clone()], values);
             updated = place(&updated, p);
             self.exp_avg[index] = place(&self.exp_avg[index], m);
             self.exp_avg_sq[index] = place(&self.exp_avg_sq[index], v);
@@ -182,7 +200,10 @@ pub fn ema_update(ema: Tensor<1>, weights: Tensor<1>, decay: f64) -> Tensor<1> {
 
 /// Copies a tensor to host memory.
 pub fn host(tensor: Tensor<1>) -> Vec<f32> {
-    tensor.into_data().try_into_vec().expect("parameters and gradients are f32")
+    tensor
+        .into_data()
+        .try_into_vec()
+        .expect("parameters and gradients are f32")
 }
 
 #[cfg(test)]
@@ -197,7 +218,11 @@ mod tests {
         let difference =
             squares(&mut pairs.by_ref().map(|(&a, &b)| f64::from(a) - f64::from(b))).sqrt();
         let norm = squares(&mut want.iter().map(|&x| f64::from(x))).sqrt();
-        if norm == 0.0 { difference } else { difference / norm }
+        if norm == 0.0 {
+            difference
+        } else {
+            difference / norm
+        }
     }
 
     #[test]
@@ -218,15 +243,26 @@ mod tests {
             exempt_norms: true,
             schedule: crate::schedule::Schedule::Constant,
         };
-        let optimizer = OptimizerConfig { head: group.clone(), vlm: group };
+        let optimizer = OptimizerConfig {
+            head: group.clone(),
+            vlm: group,
+        };
         let device = Device::flex();
         let names = golden.names("input.param.");
         let sizes = names.iter().map(|name| {
-            (name.clone(), vec![golden.f32s(&format!("input.param.{name}")).len()])
+            (
+                name.clone(),
+                vec![golden.f32s(&format!("input.param.{name}")).len()],
+            )
         });
         let layout = Layout::new(sizes, &optimizer, 64);
         for entry in layout.entries() {
-            assert_eq!(entry.decay, list("decay").contains(&entry.name), "{}", entry.name);
+            assert_eq!(
+                entry.decay,
+                list("decay").contains(&entry.name),
+                "{}",
+                entry.name
+            );
         }
         let flat = |prefix: &str| -> Vec<Tensor<1>> {
             let bucket = |b: &crate::layout::Bucket| {
@@ -263,8 +299,8 @@ mod tests {
             adam.begin_update();
             for (index, gradient) in gradients.into_iter().enumerate() {
                 let old = parameters[index].clone();
-                parameters[index] = adam
-                    .update_bucket(&layout, index, old, gradient, rate, &optimizer, |_| true);
+                parameters[index] =
+                    adam.update_bucket(&layout, index, old, gradient, (rate, &optimizer), |_| true);
                 let decay = ema_config.decay(k as u64 + 1);
                 ema[index] = ema_update(ema[index].clone(), parameters[index].clone(), decay);
             }
@@ -282,8 +318,11 @@ mod tests {
         let clipped: Vec<Tensor<1>> = last.into_iter().map(|bucket| bucket * factor).collect();
         check("clipped_grad.", &clipped, &mut seen);
         seen.sort();
-        let all: Vec<String> =
-            golden.names("output.").into_iter().map(|name| format!("output.{name}")).collect();
+        let all: Vec<String> = golden
+            .names("output.")
+            .into_iter()
+            .map(|name| format!("output.{name}"))
+            .collect();
         assert_eq!(seen, all, "every output of the file is compared");
     }
 
@@ -291,8 +330,11 @@ mod tests {
     fn absent_action_spaces_do_not_move() {
         let optimizer = OptimizerConfig::default();
         let device = Device::flex();
-        let parameters =
-            ["action_decoders.a.weight", "action_decoders.b.weight", "cond_linear.weight"];
+        let parameters = [
+            "action_decoders.a.weight",
+            "action_decoders.b.weight",
+            "cond_linear.weight",
+        ];
         let layout = Layout::new(
             parameters.map(|name| (name.to_owned(), vec![2])),
             &optimizer,
@@ -303,7 +345,7 @@ mod tests {
         let ones = || Tensor::<1>::ones([6], &device);
         let active = |entry: &Entry| entry.action_space() != Some("a");
         let updated =
-            host(adam.update_bucket(&layout, 0, ones(), ones(), 0.1, &optimizer, active));
+            host(adam.update_bucket(&layout, 0, ones(), ones(), (0.1, &optimizer), active));
         assert_eq!(updated[..2], [1.0, 1.0]);
         assert!(updated[2..].iter().all(|&x| x < 0.95), "{updated:?}");
         let [(_, m), (_, v)] = adam.moments(&layout, 1..4);

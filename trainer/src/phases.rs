@@ -59,7 +59,12 @@ pub struct PhaseTimer {
 impl PhaseTimer {
     /// Returns a timer with no phase open.
     pub fn new(clock: Arc<dyn Clock>) -> Self {
-        Self { clock, open: None, spent: BTreeMap::new(), step: 0 }
+        Self {
+            clock,
+            open: None,
+            spent: BTreeMap::new(),
+            step: 0,
+        }
     }
 
     /// Starts a step: forgets the times of the one before.
@@ -86,7 +91,9 @@ impl PhaseTimer {
     /// Returns the seconds of each phase since the step began.
     pub fn seconds(&self) -> BTreeMap<String, f64> {
         let spent = self.spent.iter();
-        spent.map(|(phase, time)| (phase.name().to_owned(), time.as_secs_f64())).collect()
+        spent
+            .map(|(phase, time)| (phase.name().to_owned(), time.as_secs_f64()))
+            .collect()
     }
 
     /// Returns the time of one phase since the step began.

@@ -15,14 +15,21 @@ pub struct Randomness {
 impl Randomness {
     /// Returns the randomness below a run's seed.
     pub fn new(seed: u64) -> Self {
-        Self { root: Seed::new(seed) }
+        Self {
+            root: Seed::new(seed),
+        }
     }
 
     /// Returns the flow time of position `j` in the unsorted global batch of `global_batch`
     /// samples: stratified over the whole batch, `t_j = (u + j/B) mod (1 - 1e-5)` with one `u` a
     /// step.
     pub fn flow_time(&self, step: u64, j: u64, global_batch: u64) -> f32 {
-        let u = self.root.child("flow time").index(step).draws().uniform_f64();
+        let u = self
+            .root
+            .child("flow time")
+            .index(step)
+            .draws()
+            .uniform_f64();
         ((u + j as f64 / global_batch as f64) % TIME_SPAN) as f32
     }
 
@@ -42,7 +49,11 @@ impl Randomness {
         let mut draws = self.root.child("stochastic depth").index(sample).draws();
         for (factor, &rate) in keep.iter_mut().zip(rates) {
             let kept = draws.uniform_f64() >= rate;
-            *factor = if kept { (1.0 / (1.0 - rate)) as f32 } else { 0.0 };
+            *factor = if kept {
+                (1.0 / (1.0 - rate)) as f32
+            } else {
+                0.0
+            };
         }
     }
 
@@ -52,20 +63,31 @@ impl Randomness {
         let scale = (1.0 / (1.0 - rate)) as f32;
         let rate = rate as f32;
         for factor in keep {
-            *factor = if draws.uniform_f32() < rate { 0.0 } else { scale };
+            *factor = if draws.uniform_f32() < rate {
+                0.0
+            } else {
+                scale
+            };
         }
     }
 
     /// Returns the seed of the backend's generator for elementwise dropout: the same bits only at
     /// the same world size.
     pub fn dropout(&self, step: u64, micro_batch: u32, rank: u32) -> u64 {
-        let seed = self.root.child("dropout").index(step).index(u64::from(micro_batch));
+        let seed = self
+            .root
+            .child("dropout")
+            .index(step)
+            .index(u64::from(micro_batch));
         seed.index(u64::from(rank)).value()
     }
 
     /// Returns the seeds of the sampler's start noise in the evaluation.
+    #[must_use]
     pub fn eval(&self) -> Self {
-        Self { root: self.root.child("eval") }
+        Self {
+            root: self.root.child("eval"),
+        }
     }
 }
 
@@ -80,7 +102,11 @@ mod tests {
         times.sort_by(f32::total_cmp);
         assert!(times.iter().all(|t| (0.0..1.0).contains(t)));
         // One per stratum: neighbours are 1/64 apart, up to the step at the modulus.
-        assert!(times.windows(2).all(|pair| (pair[1] - pair[0] - 1.0 / 64.0).abs() < 1e-4));
+        assert!(
+            times
+                .windows(2)
+                .all(|pair| (pair[1] - pair[0] - 1.0 / 64.0).abs() < 1e-4)
+        );
         assert_ne!(random.flow_time(6, 0, 64), random.flow_time(5, 0, 64));
     }
 
@@ -91,7 +117,10 @@ mod tests {
         random.noise(3, 4, 3, &mut a);
         random.noise(3, 4, 3, &mut b);
         assert_eq!(a, b);
-        assert!(a.chunks(4).all(|action| action[3] == 0.0 && action[0] != 0.0));
+        assert!(
+            a.chunks(4)
+                .all(|action| action[3] == 0.0 && action[0] != 0.0)
+        );
     }
 
     #[test]

@@ -65,15 +65,27 @@ impl Recovery {
         }
         let start: Start = from_json(&store.get(KEY, Deadline::after(deadline))?)?;
         let claim = start.claim;
-        let recovery =
-            Self { checkpoints, claim, store, rank, world_size, deadline, identity };
+        let recovery = Self {
+            checkpoints,
+            claim,
+            store,
+            rank,
+            world_size,
+            deadline,
+            identity,
+        };
         Ok((recovery, start.restored))
     }
 
     /// Refuses a checkpoint that belongs to another model, sample order or data.
     pub fn check(&self, restored: &Restored, accept_new_data: bool) -> Result<(), Error> {
         let head = &restored.manifest.head;
-        let mismatch = |reason: String| Err(Error::Mismatch { step: head.step, reason });
+        let mismatch = |reason: String| {
+            Err(Error::Mismatch {
+                step: head.step,
+                reason,
+            })
+        };
         if head.layout_hash != self.identity.layout_hash {
             return mismatch(
                 "the model has other parameters; start a new run or restore the recipe".into(),
@@ -110,7 +122,9 @@ impl Recovery {
         gpu_hours_spent: f64,
     ) -> Result<Option<Published>, Error> {
         let step = trainer.step;
-        let writer = self.checkpoints.writer(&self.claim, step, self.rank, self.world_size);
+        let writer = self
+            .checkpoints
+            .writer(&self.claim, step, self.rank, self.world_size);
         let own = self.own_tensors(trainer);
         let tensors: Vec<TensorSlice<'_>> = own
             .iter()
@@ -135,7 +149,8 @@ impl Recovery {
         )?;
         let done = format!("published/{step}");
         if self.rank != 0 {
-            let verdict: Result<(), String> = from_json(&self.store.get(&done, Deadline::after(self.deadline))?)?;
+            let verdict: Result<(), String> =
+                from_json(&self.store.get(&done, Deadline::after(self.deadline))?)?;
             return match verdict {
                 Ok(()) => Ok(None),
                 Err(reason) => Err(Error::Unpublished { step, reason }),
@@ -145,11 +160,14 @@ impl Recovery {
         for part in &parts {
             all.extend(from_json::<Vec<FileRecord>>(part)?);
         }
-        let published = self.checkpoints.publish(&self.claim, self.head(trainer, gpu_hours_spent), all);
+        let published =
+            self.checkpoints
+                .publish(&self.claim, self.head(trainer, gpu_hours_spent), all);
         let verdict = published.as_ref().map(|_| ()).map_err(ToString::to_string);
         self.store.set(&done, &to_json(&verdict)?)?;
         let published = published?;
-        self.checkpoints.retain(&self.claim, &trainer.config.checkpoint)?;
+        self.checkpoints
+            .retain(&self.claim, &trainer.config.checkpoint)?;
         Ok(Some(published))
     }
 
@@ -173,7 +191,10 @@ impl Recovery {
     /// Returns the whole tensors that this rank writes: an even share of the bytes, by name order.
     fn own_tensors(&self, trainer: &Trainer) -> Vec<(String, Vec<usize>, Vec<f32>)> {
         let infos = trainer.model.parameters();
-        let total: usize = infos.iter().map(|info| info.shape.iter().product::<usize>()).sum();
+        let total: usize = infos
+            .iter()
+            .map(|info| info.shape.iter().product::<usize>())
+            .sum();
         let mut before = 0;
         let mut own = Vec::new();
         for (info, (name, values)) in infos.into_iter().zip(trainer.model.flat_parameters()) {

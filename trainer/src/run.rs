@@ -84,7 +84,11 @@ impl Observer for StoreEvents {
 /// Runs a worker to its end and records it.
 pub fn run_worker(args: WorkerArgs, stop: StopFlags) -> Result<Outcome, Error> {
     crate::faults::identify(args.generation, args.rank);
-    let (path, run, rank) = (args.run_dir.join("events.jsonl"), args.run_id.clone(), args.rank);
+    let (path, run, rank) = (
+        args.run_dir.join("events.jsonl"),
+        args.run_id.clone(),
+        args.rank,
+    );
     let generation = args.generation;
     let log = || EventLog::open(&path, &run, generation, Some(rank));
     let events = log()?;
@@ -94,7 +98,10 @@ pub fn run_worker(args: WorkerArgs, stop: StopFlags) -> Result<Outcome, Error> {
         Ok(outcome) => (outcome.exit, outcome.reason.clone()),
         Err(error) => (error.exit_code(), error.to_string()),
     };
-    events.append(Event::End { exit_code: i32::from(exit.code()), reason })?;
+    events.append(Event::End {
+        exit_code: i32::from(exit.code()),
+        reason,
+    })?;
     result
 }
 
@@ -117,20 +124,27 @@ impl Worker {
             .thread_name("pollen-io")
             .enable_all()
             .build()
-            .map_err(|source| Error::File { path: "the I/O threads".into(), source })?;
+            .map_err(|source| Error::File {
+                path: "the I/O threads".into(),
+                source,
+            })?;
         let config = &args.config.communicator;
         let deadline = config.timeout;
         let store = Store::connect(&args.store, Deadline::after(config.join_timeout))?
             .prefixed(&format!("g{}/", args.generation));
-        let communicator = rendezvous::connect(
-            config,
-            &store,
-            args.rank,
-            args.world_size,
-            args.generation,
-        )?;
+        let communicator =
+            rendezvous::connect(config, &store, args.rank, args.world_size, args.generation)?;
         let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
-        Ok(Self { args, stop, runtime, observer, store, communicator, clock, deadline })
+        Ok(Self {
+            args,
+            stop,
+            runtime,
+            observer,
+            store,
+            communicator,
+            clock,
+            deadline,
+        })
     }
 
     fn run(self, events: EventLog) -> Result<Outcome, Error> {
@@ -158,11 +172,15 @@ impl Worker {
             recovery.check(restored, self.args.accept_new_data)?;
         }
         let state = State::load(model, &layout, &device, &recovery, restored.as_ref())?;
-        let spent = restored.as_ref().map_or(0.0, |r| r.manifest.head.gpu_hours_spent);
+        let spent = restored
+            .as_ref()
+            .map_or(0.0, |r| r.manifest.head.gpu_hours_spent);
         let limit = Some(config.budget.max_gpu_hours);
         let budget = Budget::new(spent, self.args.world_size, self.clock.wall(), limit);
         let mut session = Session {
-            saved_step: restored.as_ref().map(|restored| restored.manifest.head.step),
+            saved_step: restored
+                .as_ref()
+                .map(|restored| restored.manifest.head.step),
             events,
             recovery,
             budget,
@@ -174,7 +192,10 @@ impl Worker {
         if outcome.exit == pollen_core::ExitCode::Done {
             let spaces = trainer.evaluate()?;
             if self.args.rank == 0 {
-                session.events.append(Event::Eval { step: trainer.step, spaces })?;
+                session.events.append(Event::Eval {
+                    step: trainer.step,
+                    spaces,
+                })?;
             }
         }
         self.communicator.barrier()?;
@@ -183,16 +204,14 @@ impl Worker {
 
     fn data(&self) -> Result<Arc<Data>, Error> {
         let config = &self.args.config;
-        let widest = |of: fn(&ActionSpace) -> usize| {
-            config.action_spaces.iter().map(of).max().unwrap_or(0)
-        };
+        let widest =
+            |of: fn(&ActionSpace) -> usize| config.action_spaces.iter().map(of).max().unwrap_or(0);
         let shape = ModelShape {
             action_horizon: config.model.flow.action_horizon,
             action_width: widest(ActionSpace::dim),
             proprio_width: widest(|space| space.proprio_dim),
         };
-        let open =
-            |url: &str| Storage::open(url, &config.storage, Arc::clone(&self.observer));
+        let open = |url: &str| Storage::open(url, &config.storage, Arc::clone(&self.observer));
         let data = Data::open(&config.data, &config.action_spaces, shape, &open);
         let data = self.runtime.block_on(data)?;
         // The table's last row belongs to the prompt token, which no tokenizer knows.
@@ -228,8 +247,9 @@ impl Worker {
         let config = self.args.config.clone();
         let (rank, world_size) = (self.args.rank, self.args.world_size);
         let audits_left = config.train.audit_steps;
-        let accumulation =
-            config.accumulation(world_size).map_err(|fault| Error::Recipe(vec![fault]))?;
+        let accumulation = config
+            .accumulation(world_size)
+            .map_err(|fault| Error::Recipe(vec![fault]))?;
         let loader = Loader::start(
             LoaderArgs {
                 data: Arc::clone(&data),
@@ -305,13 +325,23 @@ impl Worker {
 }
 
 fn layout_of(model: &Flower, config: &RunConfig) -> Layout {
-    let frozen = |name: &str| config.train.freeze.iter().any(|prefix| name.starts_with(prefix));
+    let frozen = |name: &str| {
+        config
+            .train
+            .freeze
+            .iter()
+            .any(|prefix| name.starts_with(prefix))
+    };
     let parameters = model
         .parameters()
         .into_iter()
         .filter(|info| info.trained && !frozen(&info.name))
         .map(|info| (info.name, info.shape));
-    Layout::new(parameters, &config.train.optimizer, config.train.bucket.as_u64())
+    Layout::new(
+        parameters,
+        &config.train.optimizer,
+        config.train.bucket.as_u64(),
+    )
 }
 
 /// What a checkpoint brings back.
@@ -332,7 +362,12 @@ impl State {
     ) -> Result<Self, Error> {
         let plain = device.clone().inner();
         let Some(restored) = restored else {
-            return Ok(Self { model, optimizer: AdamW::new(layout, &plain), step: 0, non_finite: 0 });
+            return Ok(Self {
+                model,
+                optimizer: AdamW::new(layout, &plain),
+                step: 0,
+                non_finite: 0,
+            });
         };
         let head = &restored.manifest.head;
         let mut tensors = recovery.checkpoints().read_model(restored)?;
@@ -360,12 +395,20 @@ impl State {
                  recipe that wrote it",
                 missing.len()
             );
-            return Err(Error::Mismatch { step: head.step, reason });
+            return Err(Error::Mismatch {
+                step: head.step,
+                reason,
+            });
         }
         let optimizer = AdamW::restore(layout, &plain, head.updates, |name, range| {
             recovery.checkpoints().read_flat(restored, name, range)
         })?;
         let non_finite = head.extra["non_finite"].as_u64().unwrap_or(0);
-        Ok(Self { model, optimizer, step: head.step, non_finite })
+        Ok(Self {
+            model,
+            optimizer,
+            step: head.step,
+            non_finite,
+        })
     }
 }

@@ -38,7 +38,13 @@ impl Schedule {
     pub fn learning_rate(&self, peak: f64, update: u64) -> f64 {
         match *self {
             Self::Constant => peak,
-            Self::TriStage { total, phases, init_scale, final_scale, first_update_at_peak } => {
+            Self::TriStage {
+                total,
+                phases,
+                init_scale,
+                final_scale,
+                first_update_at_peak,
+            } => {
                 if first_update_at_peak && update == 0 {
                     return peak;
                 }
@@ -73,14 +79,22 @@ impl Schedule {
         let mut faults = Vec::new();
         match *self {
             Self::Constant => {}
-            Self::TriStage { total, phases, init_scale, final_scale, .. } => {
+            Self::TriStage {
+                total,
+                phases,
+                init_scale,
+                final_scale,
+                ..
+            } => {
                 if total == 0 {
                     faults.push(format!("{key}.total must be at least 1"));
                 }
                 if phases.iter().any(|phase| !(0.0..=1.0).contains(phase))
                     || phases.iter().sum::<f64>() > 1.0 + 1e-9
                 {
-                    faults.push(format!("{key}.phases must be shares that add up to at most 1"));
+                    faults.push(format!(
+                        "{key}.phases must be shares that add up to at most 1"
+                    ));
                 }
                 if init_scale < 0.0 || final_scale < 0.0 {
                     faults.push(format!("{key}: scales must not be negative"));
@@ -88,7 +102,9 @@ impl Schedule {
             }
             Self::InverseSqrt { warmup, timescale } => {
                 if timescale == 0 || warmup > timescale {
-                    faults.push(format!("{key}.timescale must be at least {key}.warmup and 1"));
+                    faults.push(format!(
+                        "{key}.timescale must be at least {key}.warmup and 1"
+                    ));
                 }
             }
         }
@@ -126,7 +142,8 @@ mod tests {
 
     fn tri_stage(config: &serde_json::Value, first_update_at_peak: bool) -> (f64, Schedule) {
         let number = |key: &str| config[key].as_f64().expect("a number");
-        let phases: Vec<f64> = serde_json::from_value(config["phase_ratio"].clone()).expect("three");
+        let phases: Vec<f64> =
+            serde_json::from_value(config["phase_ratio"].clone()).expect("three");
         let schedule = Schedule::TriStage {
             total: config["total_steps"].as_u64().expect("a count"),
             phases: phases.try_into().expect("three"),
@@ -173,7 +190,10 @@ mod tests {
                         min: number("min"),
                         max: number("max"),
                     };
-                    ("input.ema_steps".to_owned(), Box::new(move |n| ema.decay(n)))
+                    (
+                        "input.ema_steps".to_owned(),
+                        Box::new(move |n| ema.decay(n)),
+                    )
                 }
                 other => panic!("no schedule for output.{other}"),
             };
@@ -182,7 +202,10 @@ mod tests {
             assert_eq!(steps.len(), wanted.len(), "{name}");
             for (&step, &want) in steps.iter().zip(&wanted) {
                 let got = curve(step as u64);
-                assert!((got - want).abs() <= rtol * want.abs(), "{name} at {step}: {got} {want}");
+                assert!(
+                    (got - want).abs() <= rtol * want.abs(),
+                    "{name} at {step}: {got} {want}"
+                );
             }
         }
     }
@@ -198,6 +221,10 @@ mod tests {
         };
         let faults = schedule.faults("train.optimizer.head.schedule");
         assert_eq!(faults.len(), 2, "{faults:?}");
-        assert!(faults.iter().all(|fault| fault.contains("train.optimizer.head.schedule")));
+        assert!(
+            faults
+                .iter()
+                .all(|fault| fault.contains("train.optimizer.head.schedule"))
+        );
     }
 }

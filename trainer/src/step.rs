@@ -47,10 +47,25 @@ impl Verdict {
     }
 
     fn from_slice(v: &[f64]) -> Result<Self, Error> {
-        let &[loss, valid_entries, terminate, interrupt, over_budget, data_wait_s] = v else {
+        let &[
+            loss,
+            valid_entries,
+            terminate,
+            interrupt,
+            over_budget,
+            data_wait_s,
+        ] = v
+        else {
             return Err(Error::internal("the reduced vector has another length"));
         };
-        Ok(Self { loss, valid_entries, terminate, interrupt, over_budget, data_wait_s })
+        Ok(Self {
+            loss,
+            valid_entries,
+            terminate,
+            interrupt,
+            over_budget,
+            data_wait_s,
+        })
     }
 }
 
@@ -100,7 +115,9 @@ pub struct Trainer {
 
 impl std::fmt::Debug for Trainer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Trainer").field("step", &self.step).finish_non_exhaustive()
+        f.debug_struct("Trainer")
+            .field("step", &self.step)
+            .finish_non_exhaustive()
     }
 }
 
@@ -126,7 +143,11 @@ impl Trainer {
 
             self.timer.enter(Phase::Backward);
             let mut tape = loss.backward();
-            gradients.add(&self.layout, self.model.take_gradients(&mut tape), &self.device);
+            gradients.add(
+                &self.layout,
+                self.model.take_gradients(&mut tape),
+                &self.device,
+            );
         }
 
         self.timer.enter(Phase::AllReduce);
@@ -148,7 +169,14 @@ impl Trainer {
         }
         self.timer.close();
         self.step += 1;
-        Ok(StepReport { verdict, grad_norm, learning_rate, skipped, exchange, audit })
+        Ok(StepReport {
+            verdict,
+            grad_norm,
+            learning_rate,
+            skipped,
+            exchange,
+            audit,
+        })
     }
 
     /// The rank's share of the loss: squared errors over the *global* count of valid entries, so
@@ -160,10 +188,16 @@ impl Trainer {
         valid_entries: u64,
     ) -> burn::tensor::Tensor<1> {
         let rank = self.communicator.rank();
-        self.device.seed(self.batches.randomness.dropout(self.step, micro_batch, rank));
+        self.device.seed(
+            self.batches
+                .randomness
+                .dropout(self.step, micro_batch, rank),
+        );
         let batch = self.batches.flow(host, self.step, &self.model);
         let context = self.model.encode(&batch.observation, Some(&batch.masks));
-        let velocity = self.model.velocity(&context, batch.noisy(), batch.time.clone(), true);
+        let velocity = self
+            .model
+            .velocity(&context, batch.noisy(), batch.time.clone(), true);
         let squares =
             pollen_model::velocity_loss(velocity, batch.noise, batch.actions, batch.valid);
         squares / valid_entries as f64
@@ -209,14 +243,21 @@ impl Trainer {
                 first + size
             )));
         }
-        Ok(Some(samples.into_iter().map(|sample| sample as u64).collect()))
+        Ok(Some(
+            samples.into_iter().map(|sample| sample as u64).collect(),
+        ))
     }
 
     fn learning_rates(&self) -> [(Group, f64); 2] {
         let update = self.optimizer.updates();
         [Group::Head, Group::Vlm].map(|group| {
             let settings = self.config.train.optimizer.group(group);
-            (group, settings.schedule.learning_rate(settings.learning_rate, update))
+            (
+                group,
+                settings
+                    .schedule
+                    .learning_rate(settings.learning_rate, update),
+            )
         })
     }
 
@@ -230,13 +271,19 @@ impl Trainer {
     ) {
         let factor = clip::factor(grad_norm, self.config.train.clip_norm);
         let active = |entry: &Entry| {
-            entry.action_space().is_none_or(|space| global.spaces.iter().any(|s| s == space))
+            entry
+                .action_space()
+                .is_none_or(|space| global.spaces.iter().any(|s| s == space))
         };
         self.optimizer.begin_update();
         let mut values = crate::weights::FlatWeights::of(&self.model, &self.layout);
         for (index, gradient) in reduced.into_iter().enumerate() {
             let group = self.layout.entries()[self.layout.buckets()[index].entries.start].group;
-            let rate = learning_rate.iter().find(|(g, _)| *g == group).expect("both groups").1;
+            let rate = learning_rate
+                .iter()
+                .find(|(g, _)| *g == group)
+                .expect("both groups")
+                .1;
             let mut gradient = to_device(gradient, &self.device.clone().inner());
             if factor < 1.0 {
                 gradient = gradient * factor;
@@ -247,8 +294,7 @@ impl Trainer {
                     index,
                     weights,
                     gradient,
-                    rate,
-                    &self.config.train.optimizer,
+                    (rate, &self.config.train.optimizer),
                     active,
                 )
             });
@@ -259,10 +305,15 @@ impl Trainer {
     /// What every rank knows of the whole global batch from the sample order alone.
     fn global_batch(&self, step: u64) -> GlobalBatch {
         let size = self.config.train.global_batch as usize;
-        let mut batch = GlobalBatch { valid_entries: 0, spaces: Vec::new() };
+        let mut batch = GlobalBatch {
+            valid_entries: 0,
+            spaces: Vec::new(),
+        };
         for (_, sample) in self.mixture.global_batch(step, size) {
             batch.valid_entries += self.data.valid_entries(sample);
-            let space = &self.data.datasets()[sample.dataset as usize].action_space().name;
+            let space = &self.data.datasets()[sample.dataset as usize]
+                .action_space()
+                .name;
             if !batch.spaces.contains(space) {
                 batch.spaces.push(space.clone());
             }

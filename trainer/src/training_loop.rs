@@ -51,18 +51,29 @@ pub fn train(trainer: &mut Trainer, session: &mut Session) -> Result<Outcome, Er
             return Ok(outcome);
         }
     }
-    Ok(Outcome { exit: ExitCode::Done, reason: format!("step {steps} of {steps}") })
+    Ok(Outcome {
+        exit: ExitCode::Done,
+        reason: format!("step {steps} of {steps}"),
+    })
 }
 
 /// Decides from reduced values alone, so that all ranks decide alike.
 fn stop_reason(trainer: &Trainer, report: &StepReport) -> Result<Option<Outcome>, Error> {
     let cap = trainer.config.train.max_non_finite_steps;
     if trainer.non_finite > cap {
-        return Err(Error::NonFinite { count: trainer.non_finite, cap });
+        return Err(Error::NonFinite {
+            count: trainer.non_finite,
+            cap,
+        });
     }
     let verdict = report.verdict;
     let step = trainer.step;
-    let stop = |exit, why: &str| Some(Outcome { exit, reason: format!("{why} at step {step}") });
+    let stop = |exit, why: &str| {
+        Some(Outcome {
+            exit,
+            reason: format!("{why} at step {step}"),
+        })
+    };
     Ok(if verdict.interrupt > 0.0 {
         stop(ExitCode::Interrupted, "interrupted")
     } else if verdict.terminate > 0.0 {
@@ -84,7 +95,11 @@ fn save(trainer: &mut Trainer, session: &mut Session) -> Result<(), Error> {
     trainer.timer.close();
     session.saved_step = Some(trainer.step);
     if let Some(published) = published {
-        let seconds = session.clock.monotonic().saturating_sub(began).as_secs_f64();
+        let seconds = session
+            .clock
+            .monotonic()
+            .saturating_sub(began)
+            .as_secs_f64();
         session.events.append(Event::Checkpoint {
             step: trainer.step,
             url: published.url,
@@ -92,7 +107,9 @@ fn save(trainer: &mut Trainer, session: &mut Session) -> Result<(), Error> {
             stall_s: seconds,
             seconds,
         })?;
-        session.events.append(session.budget.event(session.clock.wall()))?;
+        session
+            .events
+            .append(session.budget.event(session.clock.wall()))?;
     }
     Ok(())
 }
@@ -105,14 +122,21 @@ fn log_step(
 ) -> Result<(), Error> {
     if let Some((own_hash, reduced_hash)) = report.exchange.clone() {
         let step = trainer.step;
-        session.events.append(Event::GradientExchange { step, own_hash, reduced_hash })?;
+        session.events.append(Event::GradientExchange {
+            step,
+            own_hash,
+            reduced_hash,
+        })?;
         trainer.prove_exchange = false;
     }
     if trainer.communicator.rank() != 0 {
         return Ok(());
     }
     if let Some(samples) = report.audit.clone() {
-        session.events.append(Event::SampleAudit { step: trainer.step, samples })?;
+        session.events.append(Event::SampleAudit {
+            step: trainer.step,
+            samples,
+        })?;
     }
     let size = u64::from(trainer.config.train.global_batch);
     let done = trainer.step - 1;
@@ -124,7 +148,9 @@ fn log_step(
             contact_sheet: None,
         })?;
     }
-    if !trainer.step.is_multiple_of(u64::from(trainer.config.observe.log_every.get()))
+    if !trainer
+        .step
+        .is_multiple_of(u64::from(trainer.config.observe.log_every.get()))
         && trainer.step != trainer.config.train.steps
     {
         return Ok(());

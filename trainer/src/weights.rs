@@ -17,8 +17,11 @@ impl FlatWeights {
     /// Takes the trained weights of a model.
     pub(crate) fn of(model: &Flower, layout: &Layout) -> Self {
         let mut by_name: HashMap<_, _> = model.flat_parameters().into_iter().collect();
-        let trained: std::collections::HashSet<&str> =
-            layout.entries().iter().map(|entry| entry.name.as_str()).collect();
+        let trained: std::collections::HashSet<&str> = layout
+            .entries()
+            .iter()
+            .map(|entry| entry.name.as_str())
+            .collect();
         by_name.retain(|name, _| trained.contains(name.as_str()));
         Self { by_name }
     }
@@ -34,7 +37,11 @@ impl FlatWeights {
         let entries = &layout.entries()[bucket.entries.clone()];
         let parts = entries
             .iter()
-            .map(|entry| self.by_name.remove(&entry.name).expect("every entry is a parameter"))
+            .map(|entry| {
+                self.by_name
+                    .remove(&entry.name)
+                    .expect("every entry is a parameter")
+            })
             .collect();
         let flat = change(Tensor::cat(parts, 0));
         for entry in entries {

@@ -1,4 +1,4 @@
-//! `pollen data index`: a recipe's datasets, indexed where they are not yet.
+//! `pollen data`: a recipe's datasets, indexed where they are not yet; conversion.
 
 use std::io::Write;
 use std::sync::Arc;
@@ -8,11 +8,17 @@ use pollen_core::{ActionSpace, ExitCode, Seed};
 use pollen_dataloader::{Data, ModelShape, Summary};
 use pollen_storage::{Silent, Storage};
 
-use crate::args::DataCommand;
+use crate::args::{DataCommand, RecipeArgs};
 use crate::recipe::Recipe;
 
 pub(crate) fn run(command: &DataCommand) -> Result<ExitCode> {
-    let DataCommand::Index(args) = command;
+    match command {
+        DataCommand::Index(args) => index(args),
+        DataCommand::Convert(args) => super::convert::run(args),
+    }
+}
+
+fn index(args: &RecipeArgs) -> Result<ExitCode> {
     let recipe = Recipe::load(&args.recipe, &args.overrides)?;
     let config = &recipe.config;
     let runtime = tokio::runtime::Runtime::new().context("cannot start the I/O threads")?;
@@ -24,10 +30,18 @@ pub(crate) fn run(command: &DataCommand) -> Result<ExitCode> {
         proprio_width: widest(|space| space.proprio_dim),
     };
     let open = |url: &str| Storage::open(url, &config.storage, Arc::new(Silent));
-    let data = runtime.block_on(Data::open(&config.data, &config.action_spaces, shape, &open))?;
+    let data = runtime.block_on(Data::open(
+        &config.data,
+        &config.action_spaces,
+        shape,
+        &open,
+    ))?;
     let mixture = data.mixture(Seed::new(config.seed))?;
     let mut out = std::io::stdout().lock();
-    writeln!(out, "dataset\tepisodes\theld out\tframes\trow groups\twindows\tbytes\tshare")?;
+    writeln!(
+        out,
+        "dataset\tepisodes\theld out\tframes\trow groups\twindows\tbytes\tshare"
+    )?;
     for d in Summary::new(&data, &mixture).datasets {
         writeln!(
             out,

@@ -23,7 +23,11 @@ pub(crate) fn run(args: &LaunchArgs) -> Result<ExitCode> {
     let recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
     recipe.launch.check()?;
     if args.dry_run {
-        write!(std::io::stdout().lock(), "{}", plan_of(&recipe, 0, 0.0, None)?.render())?;
+        write!(
+            std::io::stdout().lock(),
+            "{}",
+            plan_of(&recipe, 0, 0.0, None)?.render()
+        )?;
         return Ok(ExitCode::Done);
     }
     let request = RunRequest {
@@ -44,17 +48,25 @@ pub(crate) fn run(args: &LaunchArgs) -> Result<ExitCode> {
     run.write_config(&recipe.to_toml()?)?;
 
     let server = object_server(&recipe, &args.runs)?;
-    let variables = server.as_ref().map(ObjectServer::variables).unwrap_or_default();
+    let variables = server
+        .as_ref()
+        .map(ObjectServer::variables)
+        .unwrap_or_default();
     prepare_store(&recipe, &variables)?;
     let plan = announce(&recipe, &run, &view, server.as_ref())?;
-    let outcome = supervise(&recipe, &mut run, &lock, &args.runs, &variables, &history, &plan)?;
+    let outcome = supervise(
+        &recipe, &mut run, &lock, &args.runs, &variables, &history, &plan,
+    )?;
     if let Some(server) = server {
         server.stop()?;
     }
     let view = RunView::of(&past_events(&run)?);
     say(&summary(&view, &next_commands(&recipe, outcome.exit)))?;
     if let Some(log) = &outcome.log {
-        anyhow::bail!(WorkerFailed { exit: outcome.exit, text: format!("{}\n{log}", outcome.reason) });
+        anyhow::bail!(WorkerFailed {
+            exit: outcome.exit,
+            text: format!("{}\n{log}", outcome.reason)
+        });
     }
     Ok(outcome.exit)
 }
@@ -77,7 +89,10 @@ impl std::error::Error for WorkerFailed {}
 /// Says so if the newest run of this recipe has reached its last step.
 fn already_complete(request: &RunRequest<'_>) -> Result<Option<String>> {
     let runs = RunDir::list(request.root, request.recipe)?;
-    let newest = runs.iter().rev().find(|run| run.record().identity == request.identity);
+    let newest = runs
+        .iter()
+        .rev()
+        .find(|run| run.record().identity == request.identity);
     let Some(run) = newest else { return Ok(None) };
     let Some(step) = run.record().final_step.filter(|_| run.record().finished) else {
         return Ok(None);
@@ -97,7 +112,11 @@ fn already_complete(request: &RunRequest<'_>) -> Result<Option<String>> {
 
 fn past_events(run: &RunDir) -> Result<Vec<pollen_observe::Record>> {
     let path = run.events();
-    Ok(if path.exists() { read_events(&path)? } else { Vec::new() })
+    Ok(if path.exists() {
+        read_events(&path)?
+    } else {
+        Vec::new()
+    })
 }
 
 fn say(text: &str) -> Result<()> {
@@ -122,7 +141,11 @@ fn object_server(recipe: &Recipe, runs: &Path) -> Result<Option<ObjectServer>> {
         })?;
     let checkout = std::env::current_dir().context("cannot find the current folder")?;
     let weed = find_weed(|name| std::env::var(name).ok(), &checkout)?;
-    Ok(Some(ObjectServer::start(&weed, &runs.join(".store"), bucket)?))
+    Ok(Some(ObjectServer::start(
+        &weed,
+        &runs.join(".store"),
+        bucket,
+    )?))
 }
 
 /// Checks that the store answers and copies the datasets that are missing in it.
@@ -131,8 +154,12 @@ fn prepare_store(recipe: &Recipe, variables: &[(String, String)]) -> Result<()> 
     let mut environment: std::collections::HashMap<String, String> = std::env::vars().collect();
     environment.extend(variables.iter().cloned());
     let config = &recipe.config;
-    let data =
-        Storage::open_with(&config.data.root, &config.storage, Arc::new(Silent), &environment)?;
+    let data = Storage::open_with(
+        &config.data.root,
+        &config.storage,
+        Arc::new(Silent),
+        &environment,
+    )?;
     runtime.block_on(async {
         data.check().await?;
         if let Some(from) = &recipe.run.stage_from {
@@ -151,18 +178,30 @@ fn announce(
     view: &RunView,
     server: Option<&ObjectServer>,
 ) -> Result<Plan> {
-    let step = view.checkpoint.as_ref().map_or(0, |checkpoint| checkpoint.step);
-    let measured = view
-        .seconds_per_step()
-        .map(|seconds| StepTime { seconds, source: "measured in this run".into() });
+    let step = view
+        .checkpoint
+        .as_ref()
+        .map_or(0, |checkpoint| checkpoint.step);
+    let measured = view.seconds_per_step().map(|seconds| StepTime {
+        seconds,
+        source: "measured in this run".into(),
+    });
     let plan = plan_of(recipe, step, view.gpu_hours().unwrap_or(0.0), measured)?;
-    let action = if run.is_new() { "new run" } else { "continuing run" };
-    let mut text = format!("{action} {} in {}\n", run.id(), run.path().display());
-    if let Some(server) = server {
-        let how = if server.is_adopted() { "adopted" } else { "started" };
-        text.push_str(&format!("S3 server {how} at {}\n", server.endpoint()));
-    }
-    text.push_str(&plan.render());
+    let action = if run.is_new() {
+        "new run"
+    } else {
+        "continuing run"
+    };
+    let server = server.map_or_else(String::new, |server| {
+        let how = if server.is_adopted() {
+            "adopted"
+        } else {
+            "started"
+        };
+        format!("S3 server {how} at {}\n", server.endpoint())
+    });
+    let (id, folder) = (run.id(), run.path().display());
+    let text = format!("{action} {id} in {folder}\n{server}{}", plan.render());
     say(&text)?;
     Ok(plan)
 }
@@ -191,7 +230,11 @@ fn supervise(
         };
         let mut quiet = Quiet;
         let observer: &mut dyn pollen_launcher::Observer =
-            if recipe.config.observe.has(Sink::Progress) { &mut progress } else { &mut quiet };
+            if recipe.config.observe.has(Sink::Progress) {
+                &mut progress
+            } else {
+                &mut quiet
+            };
         Supervisor::default().run_with_signals(job, observer)?
     };
     progress.finish();
@@ -237,19 +280,36 @@ fn worker_command(
         let threads = (cores / recipe.launch.workers.get() as usize).max(1);
         env.push(("RAYON_NUM_THREADS".into(), threads.to_string()));
     }
-    let env_remove =
-        if variables.is_empty() { Vec::new() } else { ObjectServer::foreign_variables() };
-    Ok(WorkerCommand { program, args: args.into(), env, env_remove })
+    let env_remove = if variables.is_empty() {
+        Vec::new()
+    } else {
+        ObjectServer::foreign_variables()
+    };
+    Ok(WorkerCommand {
+        program,
+        args: args.into(),
+        env,
+        env_remove,
+    })
 }
 
 fn next_commands(recipe: &Recipe, exit: ExitCode) -> Vec<NextCommand> {
-    let next = |purpose: &str, command: String| NextCommand { purpose: purpose.into(), command };
+    let next = |purpose: &str, command: String| NextCommand {
+        purpose: purpose.into(),
+        command,
+    };
     let name = &recipe.config.name;
     let steps = recipe.config.train.steps;
     match exit {
         ExitCode::Done => vec![
-            next("train further:", format!("make pretrain RECIPE={name} STEPS={}", steps * 3 / 2)),
-            next("what was trained:", format!("target/debug/pollen model describe {name}")),
+            next(
+                "train further:",
+                format!("make pretrain RECIPE={name} STEPS={}", steps * 3 / 2),
+            ),
+            next(
+                "what was trained:",
+                format!("target/debug/pollen model describe {name}"),
+            ),
         ],
         _ => vec![next("go on:", format!("make pretrain RECIPE={name}"))],
     }

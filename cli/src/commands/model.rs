@@ -11,7 +11,10 @@ use crate::recipe::Recipe;
 pub(crate) fn run(command: &ModelCommand) -> Result<ExitCode> {
     let ModelCommand::Describe(args) = command;
     let recipe = Recipe::load(&args.recipe, &args.overrides)?;
-    let table = recipe.config.model.parameter_table(&recipe.config.action_spaces)?;
+    let table = recipe
+        .config
+        .model
+        .parameter_table(&recipe.config.action_spaces)?;
     write!(std::io::stdout().lock(), "{table}")?;
     Ok(ExitCode::Done)
 }

@@ -16,7 +16,10 @@ pub(crate) fn run(args: WorkerArgs) -> Result<ExitCode> {
     tracing::info!(rank = worker.rank, world_size = worker.world_size, source = %worker.source, "worker");
     let recipe = Recipe::load_resolved(&args.config)?;
     let Some(run_id) = args.run_dir.file_name().and_then(|name| name.to_str()) else {
-        bail!("--run-dir {} has no last part that could be a run id", args.run_dir.display());
+        bail!(
+            "--run-dir {} has no last part that could be a run id",
+            args.run_dir.display()
+        );
     };
     let outcome = run_worker(
         pollen_trainer::WorkerArgs {
