@@ -276,9 +276,14 @@ pub struct SkippedCheckpoint {
 /// Held-out error of one action space.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct SpaceError {
-    /// Mean squared error of the predicted chunks in normalised units.
+    /// Mean squared error, in normalised units, of the mean of the chunks sampled for an
+    /// observation.
     #[serde(with = "null_is_nan")]
     pub error: f64,
+    /// The same for single sampled chunks. A policy whose samples spread as the demonstrations do
+    /// has about twice the error of its mean here.
+    #[serde(default, with = "null_is_nan")]
+    pub single_sample_error: f64,
     /// The same for a predictor that always answers the mean action.
     #[serde(with = "null_is_nan")]
     pub mean_predictor_error: f64,

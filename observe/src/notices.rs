@@ -103,8 +103,8 @@ pub(crate) fn notice(record: &Record) -> Option<String> {
 /// Returns an error beside the mean predictor's.
 pub(crate) fn space_error(space: &SpaceError) -> String {
     format!(
-        "{:.4} (mean predictor {:.4})",
-        space.error, space.mean_predictor_error
+        "{:.4} (mean predictor {:.4}, single samples {:.4})",
+        space.error, space.mean_predictor_error, space.single_sample_error
     )
 }
 

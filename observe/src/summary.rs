@@ -163,6 +163,7 @@ mod tests {
     fn records() -> Vec<Record> {
         let space = |error| SpaceError {
             error,
+            single_sample_error: 1.5,
             mean_predictor_error: 1.0,
             per_horizon: None,
             episodes: 2,
@@ -258,8 +259,8 @@ mod tests {
 run 20260102-030405-a1b2c3d4: done (exit 0)
   200 of 200 steps, 1,600 samples, last loss 0.4321, 3m 12s since the first of 2 starts, 0.11 of 1.00 worker-hours
   held-out error at step 200:
-    lift        0.4100 (mean predictor 1.0000): 59% better than always answering the mean; 2 episodes, 90 chunks
-    stack_long  1.0200 (mean predictor 1.0000): no better than always answering the mean; 2 episodes, 90 chunks
+    lift        0.4100 (mean predictor 1.0000, single samples 1.5000): 59% better than always answering the mean; 2 episodes, 90 chunks
+    stack_long  1.0200 (mean predictor 1.0000, single samples 1.5000): no better than always answering the mean; 2 episodes, 90 chunks
   where the time went: forward 60%, backward 30%, data 10%
   storage: 1 retry, 1 operation recovered after 1.2s of waiting
   checkpoint: s3://pollen/demo/checkpoints/step-00000200/g2 (step 200, 3.0 MiB)

@@ -16,20 +16,20 @@ use crate::randomness::Randomness;
 pub struct FlowBatch {
     /// What the policy sees.
     pub observation: Observation,
-    /// Clean action chunks, [B, H, A].
+    /// Clean action chunks, `[B, H, A]`.
     pub actions: Tensor<3>,
-    /// Standard normal noise, zero beyond each sample's action space, [B, H, A].
+    /// Standard normal noise, zero beyond each sample's action space, `[B, H, A]`.
     pub noise: Tensor<3>,
-    /// Flow time, [B]; 1 is pure noise.
+    /// Flow time, `[B]`; 1 is pure noise.
     pub time: Tensor<1>,
-    /// 1 where an entry counts in the loss, [B, H, A].
+    /// 1 where an entry counts in the loss, `[B, H, A]`.
     pub valid: Tensor<3>,
     /// Stochastic depth and token dropout of each sample.
     pub masks: TrainMasks,
 }
 
 impl FlowBatch {
-    /// Returns the point z_t between actions and noise, [B, H, A].
+    /// Returns the point z_t between actions and noise, `[B, H, A]`.
     pub fn noisy(&self) -> Tensor<3> {
         noisy_actions(self.actions.clone(), self.noise.clone(), self.time.clone())
     }
@@ -90,7 +90,7 @@ impl BatchBuilder {
         }
     }
 
-    /// Returns the start noise of the sampler for a host batch, [B, H, A].
+    /// Returns the start noise of the sampler for a host batch, `[B, H, A]`.
     pub fn sampling_noise(&self, batch: &HostBatch, randomness: &Randomness) -> Tensor<3> {
         let (h, a) = (batch.dims.action_horizon, batch.dims.action_width);
         let mut noise = vec![0.0; batch.dims.batch * h * a];

@@ -173,10 +173,18 @@ impl Default for GroupConfig {
 pub struct EvalConfig {
     /// Euler steps of the sampler.
     pub denoising_steps: usize,
+    /// Chunks sampled for each observation. The error of their mean is what is compared with the
+    /// mean predictor; the error of single samples is reported beside it.
+    #[serde(default = "default_samples")]
+    pub samples: usize,
     /// Frames between the chunks that are sampled in a held-out episode.
     pub frame_stride: usize,
     /// Samples of one forward pass.
     pub batch: usize,
+}
+
+fn default_samples() -> usize {
+    8
 }
 
 /// The limit of the run's cost.
@@ -242,7 +250,15 @@ impl RunConfig {
                 ));
             }
         }
-        if self.eval.denoising_steps == 0 || self.eval.frame_stride == 0 || self.eval.batch == 0 {
+        let eval = &self.eval;
+        if [
+            eval.denoising_steps,
+            eval.samples,
+            eval.frame_stride,
+            eval.batch,
+        ]
+        .contains(&0)
+        {
             faults.push("eval.* must be at least 1".into());
         }
         if self.budget.max_gpu_hours <= 0.0 {

@@ -18,13 +18,19 @@ use crate::step::Trainer;
 struct Sums {
     entries: f64,
     error: f64,
+    single_error: f64,
     mean_error: f64,
     chunks: f64,
 }
 
 impl Trainer {
-    /// Samples the chunk of every `eval.frame_stride`-th held-out frame and returns the mean
-    /// squared error in normalised units by action space; the ranks share the work.
+    /// Samples `eval.samples` chunks for every `eval.frame_stride`-th held-out frame and returns
+    /// the mean squared error of their mean, and of single ones, in normalised units by action
+    /// space; the ranks share the work.
+    ///
+    /// The mean is what compares with the mean predictor: of two draws from the same distribution
+    /// one misses the other by twice its variance, so that even a perfect policy's single samples
+    /// can lie further from a demonstration than its mean.
     ///
     /// Entries count as they do in the training loss.
     pub fn evaluate(&mut self) -> Result<BTreeMap<String, SpaceError>, Error> {
@@ -47,19 +53,23 @@ impl Trainer {
         for host in batches {
             let host = host?;
             let context = model.encode(&inputs.observation(&host), None);
-            let noise = inputs.sampling_noise(&host, &inputs.randomness.eval());
-            let sampled = model.sample(&context, noise, eval.denoising_steps);
-            let sampled = host_values(sampled.reshape([-1]));
-            self.add(&host, &sampled, &mut sums);
+            let draws: Vec<Vec<f32>> = (0..eval.samples as u64)
+                .map(|draw| {
+                    let noise = inputs.sampling_noise(&host, &inputs.randomness.eval(draw));
+                    let sampled = model.sample(&context, noise, eval.denoising_steps);
+                    host_values(sampled.reshape([-1]))
+                })
+                .collect();
+            self.add(&host, &draws, &mut sums);
         }
         let flat = sums
             .iter()
-            .flat_map(|s| [s.entries, s.error, s.mean_error, s.chunks])
+            .flat_map(|s| [s.entries, s.error, s.single_error, s.mean_error, s.chunks])
             .collect();
         let flat = sum_f64(self.communicator.as_ref(), flat)?;
         self.timer.close();
         let rows = flat
-            .as_chunks::<4>()
+            .as_chunks::<5>()
             .0
             .iter()
             .zip(&self.config.action_spaces)
@@ -67,9 +77,10 @@ impl Trainer {
         Ok(rows
             .filter(|((row, _), _)| row[0] > 0.0)
             .map(
-                |((&[entries, error, mean_error, chunks], space), episodes)| {
+                |((&[entries, error, single_error, mean_error, chunks], space), episodes)| {
                     let result = SpaceError {
                         error: error / entries,
+                        single_sample_error: single_error / entries,
                         mean_predictor_error: mean_error / entries,
                         per_horizon: None,
                         episodes: episodes.len() as u64,
@@ -81,25 +92,27 @@ impl Trainer {
             .collect())
     }
 
-    fn add(&self, host: &HostBatch, sampled: &[f32], sums: &mut [Sums]) {
+    /// `draws` holds the sampled chunks, each `[B, H, A]`.
+    fn add(&self, host: &HostBatch, draws: &[Vec<f32>], sums: &mut [Sums]) {
         let chunk = host.dims.action_horizon * host.dims.action_width;
+        let count = draws.len() as f64;
         for (i, &space) in host.spaces.iter().enumerate() {
-            let own = i * chunk..(i + 1) * chunk;
-            let Some(mean) = &self.mean_chunks[space as usize] else {
+            let Some(mean_chunk) = &self.mean_chunks[space as usize] else {
                 continue;
             };
             let sums = &mut sums[space as usize];
             sums.chunks += 1.0;
-            let entries = host.actions[own.clone()]
-                .iter()
-                .zip(&sampled[own.clone()])
-                .zip(mean);
-            for (((&target, &sampled), &mean), &valid) in entries.zip(&host.valid[own]) {
-                if valid == 1 {
-                    sums.entries += 1.0;
-                    sums.error += f64::from(sampled - target).powi(2);
-                    sums.mean_error += f64::from(mean - target).powi(2);
+            for (entry, &mean) in mean_chunk.iter().enumerate() {
+                let at = i * chunk + entry;
+                if host.valid[at] == 0 {
+                    continue;
                 }
+                let target = f64::from(host.actions[at]);
+                let misses = draws.iter().map(|draw| f64::from(draw[at]) - target);
+                sums.entries += 1.0;
+                sums.single_error += misses.clone().map(|miss| miss * miss).sum::<f64>() / count;
+                sums.error += (misses.sum::<f64>() / count).powi(2);
+                sums.mean_error += (f64::from(mean) - target).powi(2);
             }
         }
     }

@@ -82,11 +82,12 @@ impl Randomness {
         seed.index(u64::from(rank)).value()
     }
 
-    /// Returns the seeds of the sampler's start noise in the evaluation.
+    /// Returns the seeds of the sampler's start noise for the `draw`-th chunk of an observation in
+    /// the evaluation.
     #[must_use]
-    pub fn eval(&self) -> Self {
+    pub fn eval(&self, draw: u64) -> Self {
         Self {
-            root: self.root.child("eval"),
+            root: self.root.child("eval").index(draw),
         }
     }
 }

@@ -94,7 +94,7 @@ pub struct Trainer {
     pub(crate) optimizer: AdamW,
     pub(crate) data: Arc<Data>,
     pub(crate) mixture: Arc<Mixture>,
-    /// Mean action chunk of each action space over the training data, [H, A].
+    /// Mean action chunk of each action space over the training data, `[H, A]`.
     pub(crate) mean_chunks: Vec<Option<Vec<f32>>>,
     pub(crate) loader: Loader,
     pub(crate) runtime: tokio::runtime::Handle,
