@@ -418,6 +418,7 @@ mod tests {
                     "eef_delta".into(),
                     SpaceError {
                         error: 0.4,
+                        single_sample_error: 0.7,
                         mean_predictor_error: 1.0,
                         per_horizon: Some(vec![0.1, 0.7]),
                         episodes: 2,
