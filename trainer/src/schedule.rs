@@ -196,9 +196,10 @@ mod tests {
             };
             let wanted = golden.f64s(&format!("output.{name}"));
             // A curve without its own list of steps starts at 0 and has one value a step.
-            let steps = match golden.names("input.").contains(&steps) {
-                true => golden.i64s(&format!("input.{steps}")),
-                false => (0..wanted.len() as i64).collect(),
+            let steps = if golden.names("input.").contains(&steps) {
+                golden.i64s(&format!("input.{steps}"))
+            } else {
+                (0..wanted.len() as i64).collect()
             };
             assert_eq!(steps.len(), wanted.len(), "{name}");
             for (&step, &want) in steps.iter().zip(&wanted) {
