@@ -15,6 +15,6 @@ pub(crate) fn run(command: &ModelCommand) -> Result<ExitCode> {
         .config
         .model
         .parameter_table(&recipe.config.action_spaces)?;
-    write!(std::io::stdout().lock(), "{table}")?;
+    writeln!(std::io::stdout().lock(), "{table}")?;
     Ok(ExitCode::Done)
 }
