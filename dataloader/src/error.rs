@@ -50,7 +50,7 @@ pub enum Error {
     /// The stored data no longer match their index.
     #[error(
         "dataset `{dataset}` changed since it was indexed: {reason}; restore it, or run \
-         `pollen data index --rebuild` and accept the new order of samples"
+         delete its meta/pollen.json and start a new run with the new order of samples"
     )]
     Changed {
         /// Dataset.

@@ -98,8 +98,8 @@ impl Sidecar {
         let Version { version } = serde_json::from_slice(text).map_err(|e| e.to_string())?;
         if version != SIDECAR_VERSION {
             return Err(format!(
-                "version {version} is not known; this build reads {SIDECAR_VERSION}, run \
-                 `pollen data index --rebuild`"
+                "version {version} is not known; this build reads {SIDECAR_VERSION}, delete \
+                 it and it is made anew"
             ));
         }
         let sidecar: Self = serde_json::from_slice(text).map_err(|e| e.to_string())?;
@@ -223,7 +223,7 @@ mod tests {
         let text = String::from_utf8(newer.to_json()).expect("ASCII");
         let text = text.replace("\"version\":1", "\"version\":2");
         let error = Sidecar::parse(text.as_bytes()).expect_err("version");
-        assert!(error.contains("pollen data index --rebuild"), "{error}");
+        assert!(error.contains("delete it"), "{error}");
         assert!(Sidecar::parse(b"{").is_err());
     }
 

@@ -101,7 +101,7 @@ impl Recovery {
         for (name, hash) in &self.identity.dataset_hashes {
             if head.dataset_hashes.get(name) != Some(hash) && !accept_new_data {
                 return mismatch(format!(
-                    "dataset `{name}` changed since; restore it, or pass --accept-new-data to go \
+                    "dataset `{name}` changed since; restore it, or give workers --accept-new-data to go \
                      on with another sample order"
                 ));
             }

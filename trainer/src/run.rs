@@ -178,9 +178,6 @@ impl Worker {
         let limit = Some(config.budget.max_gpu_hours);
         let budget = Budget::new(spent, self.args.world_size, self.clock.wall(), limit);
         let mut session = Session {
-            saved_step: restored
-                .as_ref()
-                .map(|restored| restored.manifest.head.step),
             events,
             recovery,
             budget,

@@ -28,8 +28,6 @@ pub struct Session {
     pub(crate) recovery: Recovery,
     pub(crate) budget: Budget,
     pub(crate) clock: Arc<dyn Clock>,
-    /// Step of the newest published checkpoint.
-    pub(crate) saved_step: Option<u64>,
 }
 
 /// Trains until the recipe's last step, or until all ranks agree to stop.
@@ -93,7 +91,6 @@ fn save(trainer: &mut Trainer, session: &mut Session) -> Result<(), Error> {
     let spent = session.budget.spent(session.clock.wall());
     let published = session.recovery.save(trainer, spent)?;
     trainer.timer.close();
-    session.saved_step = Some(trainer.step);
     if let Some(published) = published {
         let seconds = session
             .clock
