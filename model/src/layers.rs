@@ -29,6 +29,11 @@ impl Linear {
         }
     }
 
+    /// Returns the bias of a layer that has one.
+    pub(crate) fn bias(&self) -> Tensor<1> {
+        self.bias.as_ref().expect("the layer has a bias").val()
+    }
+
     /// Applies the layer to the last axis.
     ///
     /// # Shapes
