@@ -19,6 +19,15 @@ const MEANINGS: [(i32, StopSignal); 4] = [
     (SIGUSR1, StopSignal::Terminate),
 ];
 
+/// Returns whether this process was started with a signal ignored; `status` is /proc/self/status.
+fn is_ignored(status: &str, signal: i32) -> bool {
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigIgn:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
 /// While this lives, signals to the process arrive as messages instead of ending it.
 #[derive(Debug)]
 pub(crate) struct SignalGuard {
@@ -32,7 +41,12 @@ impl SignalGuard {
         let mut guard = Self {
             watches: Vec::new(),
         };
+        // `nohup pollen launch ...` asks to outlive the terminal.
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         for (signal, meaning) in MEANINGS {
+            if signal == SIGHUP && is_ignored(&status, signal) {
+                continue;
+            }
             let (mut reader, writer) =
                 UnixStream::pair().map_err(Error::system("open a signal pipe"))?;
             let id = signal_hook::low_level::pipe::register(signal, writer)
@@ -65,5 +79,19 @@ impl Drop for SignalGuard {
             signal_hook::low_level::unregister(id);
             let _ = watch.join();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_mask_of_ignored_signals_is_read() {
+        let status = "Name:\tpollen\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000001001\n";
+        assert!(is_ignored(status, SIGHUP));
+        assert!(is_ignored(status, 13));
+        assert!(!is_ignored(status, SIGINT));
+        assert!(!is_ignored("", SIGHUP));
     }
 }

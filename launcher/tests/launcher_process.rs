@@ -50,7 +50,11 @@ impl Drop for Launcher {
 }
 
 fn start_launcher(folder: &Path) -> (Launcher, ProcessId) {
-    let child = Launcher(myself("as_launcher", folder).spawn().unwrap());
+    start(&mut myself("as_launcher", folder), folder)
+}
+
+fn start(launcher: &mut Command, folder: &Path) -> (Launcher, ProcessId) {
+    let child = Launcher(launcher.spawn().unwrap());
     let worker: u32 = wait_for_file(&folder.join("worker-pid")).parse().unwrap();
     (child, ProcessId::of(worker).unwrap())
 }
@@ -84,6 +88,29 @@ fn a_real_sigterm_is_passed_on_and_its_meaning_returned() {
         events.contains("rank 0 was killed by SIGTERM before it had saved"),
         "{events}"
     );
+}
+
+#[test]
+fn under_nohup_the_end_of_the_terminal_is_still_ignored() {
+    let folder = tempfile::tempdir().unwrap();
+    let launcher = myself("as_launcher", folder.path());
+    let mut under_nohup = Command::new("/usr/bin/env");
+    under_nohup
+        .arg("--ignore-signal=HUP")
+        .arg(launcher.get_program())
+        .args(launcher.get_args())
+        .env(FOLDER, folder.path())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null());
+    let (launcher, _) = start(&mut under_nohup, folder.path());
+    let status = fs::read_to_string(format!("/proc/{}/status", launcher.0.id())).unwrap();
+    let mask = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key));
+        u64::from_str_radix(line.unwrap().trim(), 16).unwrap()
+    };
+    assert_eq!(mask("SigIgn:") & 1, 1, "{status}");
+    assert_eq!(mask("SigCgt:") & 1, 0, "{status}");
+    assert_ne!(mask("SigCgt:") & 1 << 14, 0, "SIGTERM is handled: {status}");
 }
 
 #[test]

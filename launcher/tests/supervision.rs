@@ -73,8 +73,12 @@ impl Bench {
         };
         let lock = self.run.lock().unwrap();
         let command = WorkerCommand {
-            program: "/bin/sh".into(),
+            // A shell cannot trap what it inherits as ignored, and a test run in the background
+            // of a script inherits SIGINT so.
+            program: "/usr/bin/env".into(),
             args: vec![
+                "--default-signal=INT,TERM,HUP".into(),
+                "/bin/sh".into(),
                 "-c".into(),
                 format!("{PRELUDE}{script}").into(),
                 "worker".into(),
