@@ -34,6 +34,23 @@ pub struct BatchDims {
     pub proprio_width: usize,
 }
 
+/// A sample that could not be loaded: its slot holds black images and counts nowhere.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BadSample {
+    /// Its slot in the batch.
+    pub slot: usize,
+    /// Name of its dataset.
+    pub dataset: String,
+    /// Episode, as stored.
+    pub episode: u64,
+    /// Global row in the dataset.
+    pub frame: u64,
+    /// Entries that the sample order expected of it.
+    pub entries: u64,
+    /// What is wrong.
+    pub reason: String,
+}
+
 /// A micro-batch in host memory.
 ///
 /// # Shapes
@@ -65,6 +82,8 @@ pub struct HostBatch {
     pub proprio: Vec<f32>,
     /// `[B]`: control frequency in hertz.
     pub frequency_hz: Vec<f32>,
+    /// Samples that could not be loaded, by slot.
+    pub bad: Vec<BadSample>,
 }
 
 impl HostBatch {
@@ -92,6 +111,7 @@ impl HostBatch {
             spaces: vec![0; b],
             proprio: vec![0.0; b * p],
             frequency_hz: vec![0.0; b],
+            bad: Vec::new(),
         }
     }
 
@@ -103,6 +123,30 @@ impl HostBatch {
         let at = slot * self.dims.cameras + camera;
         self.images[at * planes.len()..(at + 1) * planes.len()].copy_from_slice(planes);
         self.camera_present[at] = true;
+    }
+
+    /// Takes a sample out of everything that counts.
+    ///
+    /// Its cameras count as present: a sample that sees nothing at all would leave attention
+    /// without a single key.
+    pub(crate) fn quarantine(&mut self, sample: BadSample) {
+        let BatchDims {
+            cameras,
+            image_size,
+            action_horizon,
+            action_width,
+            proprio_width,
+            ..
+        } = self.dims;
+        let of = |width: usize| sample.slot * width..(sample.slot + 1) * width;
+        let entries = action_horizon * action_width;
+        self.images[of(cameras * 3 * image_size * image_size)].fill(0);
+        self.camera_present[of(cameras)].fill(true);
+        self.actions[of(entries)].fill(0.0);
+        self.valid[of(entries)].fill(0);
+        self.proprio[of(proprio_width)].fill(0.0);
+        let at = self.bad.partition_point(|other| other.slot < sample.slot);
+        self.bad.insert(at, sample);
     }
 
     /// Returns the number of entries that count in the loss.

@@ -47,6 +47,10 @@ pub struct DataConfig {
     /// the last action; FLOWER counts them.
     #[serde(default)]
     pub mask_padding: bool,
+    /// Samples of a run that cannot be loaded (corrupt image or file, missing object, an action that
+    /// is no number) and are left out of the loss, each recorded, before the run stops.
+    #[serde(default = "defaults::max_bad_samples")]
+    pub max_bad_samples: u64,
     /// Path of the tokenizer (`tokenizer.json`).
     pub tokenizer: PathBuf,
     /// Whether Florence-2's 1,024 tokens are appended to it.
@@ -168,6 +172,9 @@ mod defaults {
     }
     pub(super) fn prefetch_batches() -> usize {
         4
+    }
+    pub(super) fn max_bad_samples() -> u64 {
+        100
     }
     pub(super) fn text_length() -> usize {
         50

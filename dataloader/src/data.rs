@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use pollen_core::{ActionSpace, Seed};
+use pollen_core::{ActionSpace, ErrorClass, Seed};
 use pollen_processing::{Image, ImageContract, ObservationContract, ResizeKind, Resizer};
 use pollen_storage::Storage;
 
-use crate::batch::{BatchDims, HostBatch, ModelShape};
+use crate::batch::{BadSample, BatchDims, HostBatch, ModelShape};
 use crate::columns::FileColumns;
 use crate::config::DataConfig;
 use crate::dataset::Dataset;
@@ -233,6 +233,8 @@ impl Data {
         if columns.episode.get(row) != Some(&sample.episode) {
             return Err(dataset.bad_frame(sample, "the index names another episode here"));
         }
+        batch.spaces[slot] = dataset.space_index();
+        batch.frequency_hz[slot] = dataset.frequency_hz();
         let entries = action_horizon * action_width;
         let actions = &mut batch.actions[slot * entries..(slot + 1) * entries];
         let rows_left = dataset.rows_left(sample.frame) as usize;
@@ -264,8 +266,35 @@ impl Data {
         let at = slot * text_length;
         batch.input_ids[at..at + text_length].copy_from_slice(&text.ids);
         batch.text_mask[at..at + text_length].copy_from_slice(&text.mask);
+        Ok(())
+    }
+
+    /// Puts a sample that cannot be used in quarantine, or returns an error that is not the
+    /// sample's fault.
+    pub(crate) fn quarantine(
+        &self,
+        batch: &mut HostBatch,
+        slot: usize,
+        sample: SampleRef,
+        error: Error,
+    ) -> Result<()> {
+        if error.class() != ErrorClass::Corrupt {
+            return Err(error);
+        }
+        let dataset = &self.datasets[sample.dataset as usize];
         batch.spaces[slot] = dataset.space_index();
         batch.frequency_hz[slot] = dataset.frequency_hz();
+        batch.quarantine(BadSample {
+            slot,
+            dataset: dataset.name().to_owned(),
+            episode: sample.episode,
+            frame: sample.frame,
+            entries: self.valid_entries(sample),
+            reason: match error {
+                Error::Frame { reason, .. } => reason,
+                other => other.to_string(),
+            },
+        });
         Ok(())
     }
 

@@ -63,7 +63,7 @@ pub mod sampler;
 pub mod sidecar;
 pub mod summary;
 
-pub use batch::{BatchDims, HostBatch, ModelShape};
+pub use batch::{BadSample, BatchDims, HostBatch, ModelShape};
 pub use config::{Augment, DataConfig, DatasetConfig, Instruction, WeightMeaning};
 pub use data::{Data, OpenStorage};
 pub use dataset::Dataset;

@@ -13,7 +13,7 @@ use std::thread::JoinHandle;
 
 use futures::StreamExt;
 use futures::future::try_join_all;
-use pollen_core::Seed;
+use pollen_core::{ErrorClass, Seed};
 use tokio::runtime::Handle;
 
 use crate::batch::HostBatch;
@@ -65,9 +65,11 @@ impl Drop for Fetching {
 
 struct Fetched {
     plan: Plan,
-    groups: HashMap<Key, Arc<OpenRowGroup>>,
-    columns: HashMap<Key, Arc<FileColumns>>,
+    opened: HashMap<Key, Opened>,
 }
+
+/// A row group with its file's columns, or why their samples cannot be used.
+type Opened = std::result::Result<(Arc<OpenRowGroup>, Arc<FileColumns>), String>;
 
 impl Pipeline {
     /// Starts on `runtime`; with `augment`, images are augmented by (seed, sample, camera).
@@ -159,21 +161,19 @@ async fn fetch(data: Arc<Data>, plan: Plan) -> Result<Fetched> {
     let opened = try_join_all(keys.into_iter().map(|key| {
         let data = &data;
         async move {
-            let (group, columns) = futures::try_join!(data.row_group(key), data.columns(key))?;
-            Ok::<_, Error>((key, group, columns))
+            match futures::try_join!(data.row_group(key), data.columns(key)) {
+                Ok(opened) => Ok((key, Ok(opened))),
+                Err(error) if error.class() == ErrorClass::Corrupt => {
+                    Ok((key, Err(error.to_string())))
+                }
+                Err(error) => Err(error),
+            }
         }
     }))
     .await?;
-    let mut groups = HashMap::new();
-    let mut columns = HashMap::new();
-    for (key, group, file) in opened {
-        groups.insert(key, group);
-        columns.insert(key, file);
-    }
     Ok(Fetched {
         plan,
-        groups,
-        columns,
+        opened: opened.into_iter().collect(),
     })
 }
 
@@ -216,33 +216,56 @@ fn assemble(
     augment: Option<Seed>,
     pool: &DecodePool,
 ) -> Pending {
-    let mut batch = data.empty_batch(&fetched.plan);
-    for (slot, (_, sample)) in fetched.plan.iter().enumerate() {
-        let columns = &fetched.columns[&(sample.dataset, sample.row_group)];
-        if let Err(error) = data.fill_low_dim(&mut batch, slot, *sample, columns) {
-            return failed(error);
+    let Fetched { plan, opened } = fetched;
+    let mut batch = data.empty_batch(&plan);
+    let mut to_decode = Vec::new();
+    for (slot, (index, sample)) in plan.into_iter().enumerate() {
+        let usable = match &opened[&(sample.dataset, sample.row_group)] {
+            Ok((group, columns)) => data
+                .fill_low_dim(&mut batch, slot, sample, columns)
+                .map(|()| Arc::clone(group)),
+            Err(reason) => {
+                Err(data.datasets()[sample.dataset as usize].bad_frame(sample, reason.as_str()))
+            }
+        };
+        match usable {
+            Ok(group) => to_decode.push((slot, index, sample, group)),
+            Err(error) => {
+                if let Err(error) = data.quarantine(&mut batch, slot, sample, error) {
+                    return failed(error);
+                }
+            }
         }
     }
     let (reply, pending) = sync_channel(1);
+    if to_decode.is_empty() {
+        drop(reply.send(Ok(batch)));
+        return pending;
+    }
     let assembly = Arc::new(Assembly {
         batch: Mutex::new(batch),
         failure: Mutex::new(None),
-        left: AtomicUsize::new(fetched.plan.len()),
+        left: AtomicUsize::new(to_decode.len()),
         reply,
     });
-    for (slot, (index, sample)) in fetched.plan.into_iter().enumerate() {
-        let group = Arc::clone(&fetched.groups[&(sample.dataset, sample.row_group)]);
+    for (slot, index, sample, group) in to_decode {
         let seed = augment.map(|seed| seed.index(index));
         let (data, assembly) = (Arc::clone(data), Arc::clone(&assembly));
         pool.run(Box::new(move || {
-            let outcome = data.decode_images(sample, &group, seed).map(|images| {
-                let mut batch = lock(&assembly.batch);
-                for (camera, image) in images.into_iter().enumerate() {
-                    if let Some(image) = image {
-                        batch.set_image(slot, camera, image.planes());
+            let decoded = data.decode_images(sample, &group, seed);
+            let mut batch = lock(&assembly.batch);
+            let outcome = match decoded {
+                Ok(images) => {
+                    for (camera, image) in images.into_iter().enumerate() {
+                        if let Some(image) = image {
+                            batch.set_image(slot, camera, image.planes());
+                        }
                     }
+                    Ok(())
                 }
-            });
+                Err(error) => data.quarantine(&mut batch, slot, sample, error),
+            };
+            drop(batch);
             assembly.finish_one(slot, outcome);
         }));
     }

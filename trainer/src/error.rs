@@ -61,6 +61,17 @@ pub enum Error {
         /// The cap.
         cap: u64,
     },
+    /// Too many samples could not be loaded.
+    #[error(
+        "{count} samples could not be loaded, above data.max_bad_samples = {cap}; repair or exclude \
+         what events.jsonl names (grep bad_sample), or raise the cap"
+    )]
+    BadSamples {
+        /// Samples left out.
+        count: u64,
+        /// The cap.
+        cap: u64,
+    },
     /// A state that cannot be.
     #[error("internal error: {0}")]
     Internal(String),
@@ -83,7 +94,9 @@ impl Error {
             Self::Observe(error) => error.class(),
             Self::Model(error) => error.class(),
             Self::File { .. } | Self::Unpublished { .. } => ErrorClass::Retryable,
-            Self::Mismatch { .. } | Self::NonFinite { .. } => ErrorClass::Corrupt,
+            Self::Mismatch { .. } | Self::NonFinite { .. } | Self::BadSamples { .. } => {
+                ErrorClass::Corrupt
+            }
             Self::Internal(_) => ErrorClass::Fatal,
         }
     }

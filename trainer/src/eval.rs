@@ -100,6 +100,9 @@ impl Trainer {
             let Some(mean_chunk) = &self.mean_chunks[space as usize] else {
                 continue;
             };
+            if host.bad.iter().any(|bad| bad.slot == i) {
+                continue;
+            }
             let sums = &mut sums[space as usize];
             sums.chunks += 1.0;
             for (entry, &mean) in mean_chunk.iter().enumerate() {

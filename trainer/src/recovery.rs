@@ -184,7 +184,10 @@ impl Recovery {
             order_version: identity.order_version,
             dataset_hashes: identity.dataset_hashes,
             gpu_hours_spent,
-            extra: serde_json::json!({ "non_finite": trainer.non_finite }),
+            extra: serde_json::json!({
+                "non_finite": trainer.non_finite,
+                "bad_samples": trainer.bad_samples,
+            }),
         }
     }
 

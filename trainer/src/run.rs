@@ -271,6 +271,7 @@ impl Worker {
             optimizer: state.optimizer,
             step: state.step,
             non_finite: state.non_finite,
+            bad_samples: state.bad_samples,
             config,
             layout,
             mean_chunks: self.runtime.block_on(data.mean_chunks(&mixture))?,
@@ -347,6 +348,7 @@ struct State {
     optimizer: AdamW,
     step: u64,
     non_finite: u64,
+    bad_samples: u64,
 }
 
 impl State {
@@ -364,6 +366,7 @@ impl State {
                 optimizer: AdamW::new(layout, &plain),
                 step: 0,
                 non_finite: 0,
+                bad_samples: 0,
             });
         };
         let head = &restored.manifest.head;
@@ -400,12 +403,13 @@ impl State {
         let optimizer = AdamW::restore(layout, &plain, head.updates, |name, range| {
             recovery.checkpoints().read_flat(restored, name, range)
         })?;
-        let non_finite = head.extra["non_finite"].as_u64().unwrap_or(0);
+        let counted = |key: &str| head.extra[key].as_u64().unwrap_or(0);
         Ok(Self {
             model,
             optimizer,
             step: head.step,
-            non_finite,
+            non_finite: counted("non_finite"),
+            bad_samples: counted("bad_samples"),
         })
     }
 }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use burn::tensor::Device;
 use pollen_collectives::Communicator;
-use pollen_dataloader::{Data, HostBatch, Loader, Mixture};
+use pollen_dataloader::{BadSample, Data, HostBatch, Loader, Mixture};
 use pollen_model::Flower;
 
 use crate::batch::BatchBuilder;
@@ -22,8 +22,10 @@ use crate::signals::StopFlags;
 pub struct Verdict {
     /// Sum of squared errors over valid entries, divided by their global count: the loss.
     pub loss: f64,
-    /// Valid entries that were counted in the batches themselves.
+    /// Valid entries that were counted in the batches themselves, those of bad samples included.
     pub valid_entries: f64,
+    /// Samples that could not be loaded.
+    pub bad_samples: f64,
     /// Ranks that were asked to terminate.
     pub terminate: f64,
     /// Ranks that were interrupted.
@@ -35,10 +37,17 @@ pub struct Verdict {
 }
 
 impl Verdict {
+    fn count(&mut self, host: &HostBatch) {
+        let in_quarantine: u64 = host.bad.iter().map(|bad| bad.entries).sum();
+        self.valid_entries += (host.num_valid() + in_quarantine) as f64;
+        self.bad_samples += host.bad.len() as f64;
+    }
+
     fn to_vec(self) -> Vec<f64> {
         vec![
             self.loss,
             self.valid_entries,
+            self.bad_samples,
             self.terminate,
             self.interrupt,
             self.over_budget,
@@ -50,6 +59,7 @@ impl Verdict {
         let &[
             loss,
             valid_entries,
+            bad_samples,
             terminate,
             interrupt,
             over_budget,
@@ -61,6 +71,7 @@ impl Verdict {
         Ok(Self {
             loss,
             valid_entries,
+            bad_samples,
             terminate,
             interrupt,
             over_budget,
@@ -84,6 +95,8 @@ pub struct StepReport {
     pub exchange: Option<(String, String)>,
     /// The sample indices that all loaders delivered, sorted, while the audit lasts.
     pub audit: Option<Vec<u64>>,
+    /// Samples of this rank that could not be loaded.
+    pub bad: Vec<BadSample>,
 }
 
 /// Everything that a step reads and writes.
@@ -108,6 +121,8 @@ pub struct Trainer {
     pub(crate) step: u64,
     /// Steps whose update was skipped.
     pub(crate) non_finite: u64,
+    /// Samples that no rank could load.
+    pub(crate) bad_samples: u64,
     pub(crate) over_budget: bool,
     pub(crate) prove_exchange: bool,
     pub(crate) audits_left: u64,
@@ -130,12 +145,13 @@ impl Trainer {
 
         let mut gradients = Gradients::default();
         let mut verdict = Verdict::default();
-        let mut delivered = Vec::new();
+        let (mut delivered, mut bad) = (Vec::new(), Vec::new());
         for micro_batch in 0..self.accumulation {
             self.timer.enter(Phase::Data);
             let host = self.loader.next_micro_batch()?;
-            verdict.valid_entries += host.num_valid() as f64;
+            verdict.count(&host);
             delivered.extend(host.sample_indices.iter().map(|&index| index as i64));
+            bad.extend_from_slice(&host.bad);
 
             self.timer.enter(Phase::Forward);
             let loss = self.micro_batch_loss(&host, micro_batch, global.valid_entries);
@@ -156,6 +172,7 @@ impl Trainer {
         let verdict = self.agree(verdict)?;
         self.check_count(verdict, global.valid_entries)?;
         let audit = self.audit(delivered)?;
+        self.bad_samples += verdict.bad_samples as u64;
 
         self.timer.enter(Phase::Optimizer);
         let grad_norm = clip::norm(&reduced);
@@ -176,6 +193,7 @@ impl Trainer {
             skipped,
             exchange,
             audit,
+            bad,
         })
     }
 

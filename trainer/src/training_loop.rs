@@ -64,6 +64,13 @@ fn stop_reason(trainer: &Trainer, report: &StepReport) -> Result<Option<Outcome>
             cap,
         });
     }
+    let cap = trainer.config.data.max_bad_samples;
+    if trainer.bad_samples > cap {
+        return Err(Error::BadSamples {
+            count: trainer.bad_samples,
+            cap,
+        });
+    }
     let verdict = report.verdict;
     let step = trainer.step;
     let stop = |exit, why: &str| {
@@ -125,6 +132,14 @@ fn log_step(
             reduced_hash,
         })?;
         trainer.prove_exchange = false;
+    }
+    for bad in &report.bad {
+        session.events.append(Event::BadSample {
+            dataset: bad.dataset.clone(),
+            episode: bad.episode,
+            frame: bad.frame,
+            reason: bad.reason.clone(),
+        })?;
     }
     if trainer.communicator.rank() != 0 {
         return Ok(());

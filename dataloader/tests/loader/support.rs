@@ -269,6 +269,7 @@ pub(crate) fn config(root: &Path, specs: &[Spec]) -> DataConfig {
         prefetch_batches: 3,
         decode_threads: 2,
         mask_padding: false,
+        max_bad_samples: 0,
         tokenizer: workspace().join("demo/tokenizer.json"),
         florence_tokens: false,
         text_length: 50,
