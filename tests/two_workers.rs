@@ -6,7 +6,7 @@ mod lab;
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use lab::{Finished, Lab, NO_DROPOUT, is_alive, list, wait_for, wait_for_mark};
+use lab::{Finished, Lab, NO_DROPOUT, is_alive, list, saved_steps, wait_for, wait_for_mark};
 use pollen_observe::Event;
 
 const STEPS: u64 = 8;
@@ -61,11 +61,13 @@ fn any_killed_process_is_survived_with_the_same_bits() {
         let step = if place.starts_with("before") { 4 } else { 5 };
         let fault = format!("kill@generation=1,rank={rank},step={step},place={place}");
         let killed = lab.launch(&name, 2).fault(&fault).run().expect(0);
-        let restores = killed.restores();
-        assert_eq!(
-            restores,
-            [if step == 5 { 4 } else { 2 }],
-            "rank {rank} in {place}"
+        // The checkpoint of step 4 is written beside step 5: it is there in time or it is not.
+        let [restored] = killed.restores()[..] else {
+            panic!("rank {rank} in {place}: {:?}", killed.restores())
+        };
+        assert!(
+            restored == 2 || restored == 4 && step == 5,
+            "rank {rank} in {place}: {restored}"
         );
         assert_eq!(
             killed.state_hashes(&lab, STEPS),
@@ -85,7 +87,7 @@ fn any_killed_process_is_survived_with_the_same_bits() {
     drop(running);
     wait_for("the worker to die", || (!is_alive(worker)).then_some(()));
     let resumed = lab.launch("all", 2).run().expect(0);
-    assert_eq!(resumed.restores(), [4]);
+    assert!(matches!(resumed.restores()[..], [2 | 4]));
     assert_eq!(resumed.state_hashes(&lab, STEPS), want);
 }
 
@@ -146,6 +148,10 @@ fn a_run_whose_launcher_died_publishes_nothing() {
         .fault(&first)
         .spawn();
     let workers = [wait_for_mark(&waiting), wait_for_mark(&other)];
+    let runs = lab.path("runs-orphaned/demo");
+    wait_for("the checkpoint of step 2", || {
+        saved_steps(&lab::run_dir(&runs)).contains(&2).then_some(())
+    });
     running.signal("KILL");
     drop(running);
     assert!(
@@ -166,7 +172,7 @@ fn a_run_whose_launcher_died_publishes_nothing() {
     for worker in workers {
         wait_for("the orphans to end", || (!is_alive(worker)).then_some(()));
     }
-    let dir = lab::run_dir(&lab.path("runs-orphaned/demo"));
+    let dir = lab::run_dir(&runs);
     let id = dir.file_name().unwrap().to_str().unwrap();
     let url = format!("s3://pollen-test/runs-orphaned/demo/{id}/checkpoints");
     let objects = list(&lab, &url);

@@ -414,6 +414,16 @@ fn open(lab: &Lab, url: &str) -> pollen_storage::Storage {
     pollen_storage::Storage::open_with(url, &config, silent, &variables).unwrap()
 }
 
+/// Steps of the `checkpoint` events so far, in the order of publishing.
+pub fn saved_steps(run_dir: &Path) -> Vec<u64> {
+    let events = read_events(&run_dir.join("events.jsonl")).unwrap();
+    let saved = events.into_iter().filter_map(|record| match record.event {
+        Event::Checkpoint { step, .. } => Some(step),
+        _ => None,
+    });
+    saved.collect()
+}
+
 /// The only run below a recipe's folder.
 pub fn run_dir(runs: &Path) -> PathBuf {
     let dirs: Vec<PathBuf> = std::fs::read_dir(runs)

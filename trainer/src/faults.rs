@@ -9,6 +9,7 @@
 
 #[cfg(feature = "faults")]
 mod active {
+    use std::cell::Cell;
     use std::path::PathBuf;
     use std::sync::OnceLock;
     use std::sync::atomic::{AtomicU64, Ordering};
@@ -54,6 +55,10 @@ mod active {
     }
 
     static STEP: AtomicU64 = AtomicU64::new(0);
+    thread_local! {
+        /// The step whose checkpoint this thread writes.
+        static SAVED: Cell<Option<u64>> = const { Cell::new(None) };
+    }
     static FAULTS: OnceLock<Vec<Fault>> = OnceLock::new();
     static WHO: OnceLock<(u64, u32)> = OnceLock::new();
 
@@ -63,6 +68,10 @@ mod active {
 
     pub(crate) fn reach(step: u64, place: &str) {
         STEP.store(step, Ordering::Relaxed);
+        strike_at(step, place);
+    }
+
+    fn strike_at(step: u64, place: &str) {
         let faults = FAULTS.get_or_init(|| {
             let text = std::env::var("POLLEN_FAULT").unwrap_or_default();
             text.split(';')
@@ -84,9 +93,18 @@ mod active {
         }
     }
 
-    /// The step whose checkpoint is being written is the one reached last.
+    /// Says which step's checkpoint this thread writes from here on.
+    pub(crate) fn saving(step: u64) {
+        SAVED.set(Some(step));
+    }
+
+    /// A stage of a checkpoint belongs to the step that is saved; one outside a save, such as the
+    /// claim, to the step reached last.
     pub(crate) fn reach_stage(stage: &str) {
-        reach(STEP.load(Ordering::Relaxed), stage);
+        match SAVED.get() {
+            Some(step) => strike_at(step, stage),
+            None => reach(STEP.load(Ordering::Relaxed), stage),
+        }
     }
 
     fn strike(fault: &Fault) {
@@ -113,7 +131,7 @@ mod active {
 }
 
 #[cfg(feature = "faults")]
-pub(crate) use active::{identify, reach, reach_stage};
+pub(crate) use active::{identify, reach, reach_stage, saving};
 
 /// Does nothing: faults are compiled in for tests only.
 #[cfg(not(feature = "faults"))]
@@ -126,3 +144,7 @@ pub(crate) fn reach(_step: u64, _place: &str) {}
 /// Does nothing: faults are compiled in for tests only.
 #[cfg(not(feature = "faults"))]
 pub(crate) fn reach_stage(_stage: &str) {}
+
+/// Does nothing: faults are compiled in for tests only.
+#[cfg(not(feature = "faults"))]
+pub(crate) fn saving(_step: u64) {}

@@ -15,7 +15,8 @@
 //! | [`data_parallel`] | flat gradients, summed over ranks |
 //! | [`layout`] | where each parameter lies in the flat state |
 //! | [`optim`], [`clip`], [`schedule`] | AdamW, the global norm, learning rates and EMA decay |
-//! | [`recovery`] | saving and restoring with all ranks |
+//! | [`recovery`] | what is saved and restored with all ranks |
+//! | `saving` | writing it beside the training |
 //! | [`eval`] | error of sampled actions on held-out episodes |
 //! | [`config`] | the recipe, checked as a whole |
 //! | [`signals`], [`phases`] | stop flags; the phases of a step |
@@ -43,6 +44,7 @@ pub mod phases;
 pub mod randomness;
 pub mod recovery;
 pub mod run;
+mod saving;
 pub mod schedule;
 pub mod signals;
 pub mod step;

@@ -1,28 +1,40 @@
-//! Saving and restoring with all ranks: each writes its part, rank 0 commits.
+//! What is saved and restored with all ranks; `saving` writes it beside the training.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use pollen_checkpoints::{
-    Checkpoints, Claim, FileRecord, FlatSlice, ManifestHead, Published, Restored, TensorSlice,
-    Values, Verify,
-};
+use pollen_checkpoints::{Checkpoints, Claim, ManifestHead, Restored};
 use pollen_collectives::{Deadline, Store};
+use pollen_core::Clock;
+use pollen_observe::EventLog;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::optim::host;
+use crate::saving::{Place, Saver, Snapshot};
 use crate::step::Trainer;
 
 /// A run's checkpoints as one rank of one generation uses them.
 #[derive(Debug)]
 pub struct Recovery {
-    checkpoints: Checkpoints,
-    claim: Claim,
-    store: Store,
-    rank: u32,
-    world_size: u32,
-    deadline: Duration,
+    saver: Saver,
     identity: Identity,
+}
+
+/// What connects a rank with its run's checkpoints.
+#[derive(Debug)]
+pub(crate) struct Connection {
+    pub(crate) checkpoints: Checkpoints,
+    pub(crate) runtime: Arc<tokio::runtime::Runtime>,
+    pub(crate) store: Store,
+    pub(crate) rank: u32,
+    pub(crate) world_size: u32,
+    pub(crate) generation: u64,
+    /// How long ranks wait for each other.
+    pub(crate) deadline: Duration,
+    pub(crate) config: pollen_checkpoints::Config,
+    pub(crate) events: Arc<EventLog>,
+    pub(crate) clock: Arc<dyn Clock>,
 }
 
 /// What a checkpoint must agree on with the run that restores it.
@@ -49,32 +61,31 @@ struct Start {
 
 impl Recovery {
     /// Claims the generation and finds the newest checkpoint that verifies; all ranks get the same.
-    pub fn start(
-        checkpoints: Checkpoints,
-        store: Store,
-        (rank, world_size): (u32, u32),
-        generation: u64,
-        (deadline, verify): (Duration, Verify),
+    pub(crate) fn start(
+        to: Connection,
         identity: Identity,
     ) -> Result<(Self, Option<Restored>), Error> {
         const KEY: &str = "restore";
-        if rank == 0 {
-            let claim = checkpoints.claim(generation)?;
-            let restored = checkpoints.newest_by(verify)?;
-            store.set(KEY, &to_json(&Start { claim, restored })?)?;
+        if to.rank == 0 {
+            let claim = to.checkpoints.claim(to.generation)?;
+            let restored = to.checkpoints.newest_by(to.config.verify)?;
+            to.store.set(KEY, &to_json(&Start { claim, restored })?)?;
         }
-        let start: Start = from_json(&store.get(KEY, Deadline::after(deadline))?)?;
-        let claim = start.claim;
-        let recovery = Self {
-            checkpoints,
-            claim,
-            store,
-            rank,
-            world_size,
-            deadline,
-            identity,
-        };
-        Ok((recovery, start.restored))
+        let start: Start = from_json(&to.store.get(KEY, Deadline::after(to.deadline))?)?;
+        let saver = Saver::new(Place {
+            checkpoints: to.checkpoints,
+            _runtime: to.runtime,
+            claim: start.claim,
+            store: to.store,
+            rank: to.rank,
+            world_size: to.world_size,
+            deadline: to.deadline,
+            retention: to.config,
+            contract: identity.contract.clone(),
+            events: to.events,
+            clock: to.clock,
+        });
+        Ok((Self { saver, identity }, start.restored))
     }
 
     /// Refuses a checkpoint that belongs to another model, sample order or data.
@@ -111,132 +122,102 @@ impl Recovery {
 
     /// Returns the reader of the run's checkpoints.
     pub fn checkpoints(&self) -> &Checkpoints {
-        &self.checkpoints
+        &self.saver.place().checkpoints
     }
 
-    /// Writes this rank's part; rank 0 publishes when all parts are there. Returns what was
-    /// published on rank 0, nothing elsewhere.
-    pub(crate) fn save(
-        &self,
-        trainer: &Trainer,
-        gpu_hours_spent: f64,
-    ) -> Result<Option<Published>, Error> {
-        let step = trainer.step;
-        let writer = self
-            .checkpoints
-            .writer(&self.claim, step, self.rank, self.world_size);
-        let own = self.own_tensors(trainer);
-        let tensors: Vec<TensorSlice<'_>> = own
-            .iter()
-            .map(|(name, shape, values)| TensorSlice {
-                name: name.clone(),
-                shape: shape.clone(),
-                values: Values::F32(values),
-            })
-            .collect();
-        let mut files = vec![writer.write_model(&tensors)?];
-        files.push(self.write_moments(trainer, &writer)?);
-        if self.rank == 0 {
-            files.push(writer.write_file("contract.json", self.identity.contract.clone().into())?);
-        }
-        let key = format!("checkpoint/{step}");
-        let parts = self.store.gather(
-            &key,
-            self.rank,
-            self.world_size,
-            &to_json(&files)?,
-            Deadline::after(self.deadline),
-        )?;
-        let done = format!("published/{step}");
-        if self.rank != 0 {
-            let verdict: Result<(), String> =
-                from_json(&self.store.get(&done, Deadline::after(self.deadline))?)?;
-            return match verdict {
-                Ok(()) => Ok(None),
-                Err(reason) => Err(Error::Unpublished { step, reason }),
-            };
-        }
-        let mut all: Vec<FileRecord> = Vec::new();
-        for part in &parts {
-            all.extend(from_json::<Vec<FileRecord>>(part)?);
-        }
-        let published =
-            self.checkpoints
-                .publish(&self.claim, self.head(trainer, gpu_hours_spent), all);
-        let verdict = published.as_ref().map(|_| ()).map_err(ToString::to_string);
-        self.store.set(&done, &to_json(&verdict)?)?;
-        let published = published?;
-        self.checkpoints
-            .retain(&self.claim, &trainer.config.checkpoint)?;
-        Ok(Some(published))
+    /// Copies this rank's part to host memory and has it written beside the training. Waits for
+    /// the save in flight first, and returns its error.
+    pub(crate) fn save(&mut self, trainer: &Trainer, gpu_hours_spent: f64) -> Result<(), Error> {
+        let Self { saver, identity } = self;
+        let (rank, world_size) = (saver.place().rank, saver.place().world_size);
+        saver.save(|| Snapshot {
+            head: head(trainer, identity, world_size, gpu_hours_spent),
+            weights: own_tensors(trainer, rank, world_size),
+            moments: own_moments(trainer, rank, world_size),
+            flat_len: trainer.layout.len(),
+        })
     }
 
-    fn head(&self, trainer: &Trainer, gpu_hours_spent: f64) -> ManifestHead {
-        let identity = self.identity.clone();
-        ManifestHead {
-            step: trainer.step,
-            updates: trainer.optimizer.updates(),
-            samples: trainer.step * u64::from(trainer.config.train.global_batch),
-            world_size: self.world_size,
-            config_hash: identity.config_hash.clone(),
-            recipe_hash: identity.config_hash,
-            layout_hash: identity.layout_hash,
-            order_version: identity.order_version,
-            dataset_hashes: identity.dataset_hashes,
-            gpu_hours_spent,
-            extra: serde_json::json!({
-                "non_finite": trainer.non_finite,
-                "bad_samples": trainer.bad_samples,
-            }),
-        }
+    /// Returns whether the save in flight has failed; [`Self::settle`] tells how.
+    pub(crate) fn has_failed(&mut self) -> bool {
+        self.saver.has_failed()
     }
 
-    /// Returns the whole tensors that this rank writes: an even share of the bytes, by name order.
-    fn own_tensors(&self, trainer: &Trainer) -> Vec<(String, Vec<usize>, Vec<f32>)> {
-        let infos = trainer.model.parameters();
-        let total: usize = infos
-            .iter()
-            .map(|info| info.shape.iter().product::<usize>())
-            .sum();
-        let mut before = 0;
-        let mut own = Vec::new();
-        for (info, (name, values)) in infos.into_iter().zip(trainer.model.flat_parameters()) {
-            let owner = before as u64 * u64::from(self.world_size) / total.max(1) as u64;
-            before += info.shape.iter().product::<usize>();
-            if owner == u64::from(self.rank) {
-                own.push((name, info.shape, host(values)));
-            }
-        }
-        own
-    }
-
-    fn write_moments(
-        &self,
-        trainer: &Trainer,
-        writer: &pollen_checkpoints::Writer,
-    ) -> Result<FileRecord, Error> {
-        let len = trainer.layout.len();
-        let cut = |rank: u32| (len as u64 * u64::from(rank) / u64::from(self.world_size)) as usize;
-        let range = cut(self.rank)..cut(self.rank + 1);
-        let moments = trainer.optimizer.moments(&trainer.layout, range.clone());
-        let slices: Vec<FlatSlice<'_>> = moments
-            .iter()
-            .map(|(name, values)| FlatSlice {
-                name: (*name).to_owned(),
-                global_len: len as u64,
-                offset: range.start as u64,
-                values,
-            })
-            .collect();
-        Ok(writer.write_flat(&slices)?)
+    /// Waits for the save in flight, if there is one, and returns its error.
+    pub(crate) fn settle(&mut self) -> Result<(), Error> {
+        self.saver.settle()
     }
 }
 
-fn to_json(value: &impl Serialize) -> Result<Vec<u8>, Error> {
+fn head(
+    trainer: &Trainer,
+    identity: &Identity,
+    world_size: u32,
+    gpu_hours_spent: f64,
+) -> ManifestHead {
+    let identity = identity.clone();
+    ManifestHead {
+        step: trainer.step,
+        updates: trainer.optimizer.updates(),
+        samples: trainer.step * u64::from(trainer.config.train.global_batch),
+        world_size,
+        config_hash: identity.config_hash.clone(),
+        recipe_hash: identity.config_hash,
+        layout_hash: identity.layout_hash,
+        order_version: identity.order_version,
+        dataset_hashes: identity.dataset_hashes,
+        gpu_hours_spent,
+        extra: serde_json::json!({
+            "non_finite": trainer.non_finite,
+            "bad_samples": trainer.bad_samples,
+        }),
+    }
+}
+
+/// Returns the whole tensors that this rank writes: an even share of the bytes, by name order.
+fn own_tensors(
+    trainer: &Trainer,
+    rank: u32,
+    world_size: u32,
+) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    let infos = trainer.model.parameters();
+    let total: usize = infos
+        .iter()
+        .map(|info| info.shape.iter().product::<usize>())
+        .sum();
+    let mut before = 0;
+    let mut own = Vec::new();
+    for (info, (name, values)) in infos.into_iter().zip(trainer.model.flat_parameters()) {
+        let owner = before as u64 * u64::from(world_size) / total.max(1) as u64;
+        before += info.shape.iter().product::<usize>();
+        if owner == u64::from(rank) {
+            own.push((name, info.shape, host(values)));
+        }
+    }
+    own
+}
+
+/// Returns the ranges of the moments that this rank writes.
+fn own_moments(
+    trainer: &Trainer,
+    rank: u32,
+    world_size: u32,
+) -> Vec<(&'static str, usize, Vec<f32>)> {
+    let len = trainer.layout.len() as u64;
+    let cut = |rank: u32| (len * u64::from(rank) / u64::from(world_size)) as usize;
+    let range = cut(rank)..cut(rank + 1);
+    let moments = trainer.optimizer.moments(&trainer.layout, range.clone());
+    moments
+        .into_iter()
+        .map(|(name, values)| (name, range.start, values))
+        .collect()
+}
+
+pub(crate) fn to_json(value: &impl Serialize) -> Result<Vec<u8>, Error> {
     serde_json::to_vec(value).map_err(|error| Error::internal(error.to_string()))
 }
 
-fn from_json<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
+pub(crate) fn from_json<T: serde::de::DeserializeOwned>(bytes: &[u8]) -> Result<T, Error> {
     serde_json::from_slice(bytes)
         .map_err(|error| Error::internal(format!("another rank sent a broken message: {error}")))
 }

@@ -20,7 +20,7 @@ use crate::layout::Layout;
 use crate::optim::AdamW;
 use crate::phases::PhaseTimer;
 use crate::randomness::Randomness;
-use crate::recovery::{Identity, Recovery};
+use crate::recovery::{Connection, Identity, Recovery};
 use crate::signals::StopFlags;
 use crate::step::Trainer;
 use crate::training_loop::{Outcome, Session, skipped, train};
@@ -109,7 +109,7 @@ pub fn run_worker(args: WorkerArgs, stop: StopFlags) -> Result<Outcome, Error> {
 struct Worker {
     args: WorkerArgs,
     stop: StopFlags,
-    runtime: tokio::runtime::Runtime,
+    runtime: Arc<tokio::runtime::Runtime>,
     observer: Arc<dyn Observer>,
     store: Store,
     communicator: Arc<dyn Communicator>,
@@ -138,7 +138,7 @@ impl Worker {
         Ok(Self {
             args,
             stop,
-            runtime,
+            runtime: Arc::new(runtime),
             observer,
             store,
             communicator,
@@ -160,14 +160,20 @@ impl Worker {
         let storage = Storage::open(&url, &config.storage, Arc::clone(&self.observer))?;
         let checkpoints = Checkpoints::new(storage, self.runtime.handle().clone())
             .with_stage_hook(Arc::new(|stage: &str| crate::faults::reach_stage(stage)));
-        let (recovery, restored) = Recovery::start(
+        let events = Arc::new(events);
+        let connection = Connection {
             checkpoints,
-            self.store.clone(),
-            (self.args.rank, self.args.world_size),
-            self.args.generation,
-            (self.deadline, config.checkpoint.verify),
-            identity,
-        )?;
+            runtime: Arc::clone(&self.runtime),
+            store: self.store.clone(),
+            rank: self.args.rank,
+            world_size: self.args.world_size,
+            generation: self.args.generation,
+            deadline: self.deadline,
+            config: config.checkpoint.clone(),
+            events: Arc::clone(&events),
+            clock: Arc::clone(&self.clock),
+        };
+        let (recovery, restored) = Recovery::start(connection, identity)?;
         if let Some(restored) = &restored {
             recovery.check(restored, self.args.accept_new_data)?;
         }
@@ -285,6 +291,7 @@ impl Worker {
             stop: self.stop.clone(),
             accumulation,
             over_budget: false,
+            save_failed: false,
             prove_exchange: true,
             audits_left,
         })

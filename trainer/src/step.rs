@@ -32,6 +32,8 @@ pub struct Verdict {
     pub interrupt: f64,
     /// Ranks whose clock says that the budget is spent.
     pub over_budget: f64,
+    /// Ranks whose part of a checkpoint could not be written.
+    pub save_failed: f64,
     /// Seconds waited for data.
     pub data_wait_s: f64,
 }
@@ -51,6 +53,7 @@ impl Verdict {
             self.terminate,
             self.interrupt,
             self.over_budget,
+            self.save_failed,
             self.data_wait_s,
         ]
     }
@@ -63,6 +66,7 @@ impl Verdict {
             terminate,
             interrupt,
             over_budget,
+            save_failed,
             data_wait_s,
         ] = v
         else {
@@ -75,6 +79,7 @@ impl Verdict {
             terminate,
             interrupt,
             over_budget,
+            save_failed,
             data_wait_s,
         })
     }
@@ -124,6 +129,8 @@ pub struct Trainer {
     /// Samples that no rank could load.
     pub(crate) bad_samples: u64,
     pub(crate) over_budget: bool,
+    /// Whether this rank's part of a checkpoint could not be written.
+    pub(crate) save_failed: bool,
     pub(crate) prove_exchange: bool,
     pub(crate) audits_left: u64,
 }
@@ -226,6 +233,7 @@ impl Trainer {
         own.terminate = f64::from(u8::from(self.stop.terminate()));
         own.interrupt = f64::from(u8::from(self.stop.interrupt()));
         own.over_budget = f64::from(u8::from(self.over_budget));
+        own.save_failed = f64::from(u8::from(self.save_failed));
         own.data_wait_s = self.timer.spent(Phase::Data).as_secs_f64();
         Verdict::from_slice(&sum_f64(self.communicator.as_ref(), own.to_vec())?)
     }

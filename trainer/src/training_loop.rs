@@ -24,31 +24,41 @@ pub struct Outcome {
 /// What accompanies a trainer through a run.
 #[derive(Debug)]
 pub struct Session {
-    pub(crate) events: EventLog,
+    pub(crate) events: Arc<EventLog>,
     pub(crate) recovery: Recovery,
     pub(crate) budget: Budget,
     pub(crate) clock: Arc<dyn Clock>,
 }
 
 /// Trains until the recipe's last step, or until all ranks agree to stop.
+///
+/// What ends a run waits until the last checkpoint is published.
 pub fn train(trainer: &mut Trainer, session: &mut Session) -> Result<Outcome, Error> {
     let steps = trainer.config.train.steps;
     let every = trainer.config.checkpoint.every_steps;
     while trainer.step < steps {
         let began = session.clock.monotonic();
         trainer.over_budget = session.budget.is_spent(session.clock.wall());
+        trainer.save_failed = session.recovery.has_failed();
         let report = trainer.train_step()?;
         let elapsed = session.clock.monotonic().saturating_sub(began);
         log_step(trainer, session, &report, elapsed)?;
 
-        let stop = stop_reason(trainer, &report)?;
+        let stop = stop_reason(trainer, &report);
+        if stop.is_err() {
+            // All ranks are alive and stop alike: what is in flight need not be lost.
+            settle(trainer, session)?;
+        }
+        let stop = stop?;
         if trainer.step.is_multiple_of(every) || trainer.step == steps || stop.is_some() {
             save(trainer, session)?;
         }
         if let Some(outcome) = stop {
+            settle(trainer, session)?;
             return Ok(outcome);
         }
     }
+    settle(trainer, session)?;
     Ok(Outcome {
         exit: ExitCode::Done,
         reason: format!("step {steps} of {steps}"),
@@ -57,6 +67,11 @@ pub fn train(trainer: &mut Trainer, session: &mut Session) -> Result<Outcome, Er
 
 /// Decides from reduced values alone, so that all ranks decide alike.
 fn stop_reason(trainer: &Trainer, report: &StepReport) -> Result<Option<Outcome>, Error> {
+    if report.verdict.save_failed > 0.0 {
+        return Err(Error::internal(
+            "a checkpoint failed on another rank and this one was not told why",
+        ));
+    }
     let cap = trainer.config.train.max_non_finite_steps;
     if trainer.non_finite > cap {
         return Err(Error::NonFinite {
@@ -90,32 +105,26 @@ fn stop_reason(trainer: &Trainer, report: &StepReport) -> Result<Option<Outcome>
     })
 }
 
-/// Saves a checkpoint with all ranks; the step's report goes on to the next.
+/// Starts a checkpoint with all ranks: training stands still for the copy to host memory, and for
+/// the save before this one if that is not done yet.
 fn save(trainer: &mut Trainer, session: &mut Session) -> Result<(), Error> {
-    let began = session.clock.monotonic();
     trainer.timer.begin_step(trainer.step);
     trainer.timer.enter(Phase::Checkpoint);
-    let spent = session.budget.spent(session.clock.wall());
-    let published = session.recovery.save(trainer, spent)?;
+    let now = session.clock.wall();
+    session.recovery.save(trainer, session.budget.spent(now))?;
     trainer.timer.close();
-    if let Some(published) = published {
-        let seconds = session
-            .clock
-            .monotonic()
-            .saturating_sub(began)
-            .as_secs_f64();
-        session.events.append(Event::Checkpoint {
-            step: trainer.step,
-            url: published.url,
-            bytes: published.bytes,
-            stall_s: seconds,
-            seconds,
-        })?;
-        session
-            .events
-            .append(session.budget.event(session.clock.wall()))?;
+    if trainer.communicator.rank() == 0 {
+        session.events.append(session.budget.event(now))?;
     }
     Ok(())
+}
+
+/// Waits for the save in flight.
+fn settle(trainer: &mut Trainer, session: &mut Session) -> Result<(), Error> {
+    trainer.timer.enter(Phase::Checkpoint);
+    let settled = session.recovery.settle();
+    trainer.timer.close();
+    settled
 }
 
 fn log_step(
