@@ -2,7 +2,7 @@
 #
 #   make pretrain                  trains the demo here: no GPU, no account
 #   make pretrain RECIPE=oxe       any recipe of recipes/
-#   make pretrain STEPS=900        continues the same run further
+#   make pretrain STEPS=3000       continues the same run further
 #   make pretrain SET="a.b=c d=e"  overrides recipe keys
 
 RECIPE ?= demo
