@@ -70,15 +70,31 @@ impl EachParameter for Values {
     }
 }
 
-struct Taken<'a> {
-    grads: &'a mut Gradients,
-    taken: BTreeMap<String, Option<Tensor<1>>>,
+type TakeGradient = dyn FnOnce(&mut Gradients) -> Option<Tensor<1>>;
+
+/// A parameter whose gradient is still to come.
+pub(crate) struct Pending {
+    pub(crate) name: String,
+    take: Box<TakeGradient>,
 }
 
-impl EachParameter for Taken<'_> {
+impl Pending {
+    /// Takes the gradient out of `grads`, flat and outside autodiff.
+    pub(crate) fn take(self, grads: &mut Gradients) -> (String, Option<Tensor<1>>) {
+        (self.name, (self.take)(grads))
+    }
+}
+
+#[derive(Default)]
+struct AllPending(Vec<Pending>);
+
+impl EachParameter for AllPending {
     fn each<const D: usize>(&mut self, name: String, param: &Param<Tensor<D>>) {
-        let grad = param.base().grad_remove(self.grads);
-        self.taken.insert(name, grad.map(flatten));
+        let base = param.base();
+        self.0.push(Pending {
+            name,
+            take: Box::new(move |grads| base.grad_remove(grads).map(flatten)),
+        });
     }
 }
 
@@ -150,11 +166,16 @@ impl Flower {
         })
     }
 
-    /// Takes the gradients out of `grads`, flat and outside autodiff, in the order of
-    /// [`Flower::parameters`]; none where a parameter got no gradient.
-    pub fn take_gradients(&self, grads: &mut Gradients) -> Vec<(String, Option<Tensor<1>>)> {
-        let spaces = self.head.space_names();
-        gradients(self, &spaces, grads).into_iter().collect()
+    /// Returns all parameters with a way to their gradients, in the order of their names.
+    pub(crate) fn pending(&self) -> Vec<Pending> {
+        pending(self, &self.head.space_names())
+    }
+
+    /// Takes the gradients of all parameters out of `grads`, in the order of their names.
+    #[cfg(test)]
+    pub(crate) fn take_gradients(&self, grads: &mut Gradients) -> Vec<(String, Option<Tensor<1>>)> {
+        let all = self.pending().into_iter();
+        all.map(|parameter| parameter.take(grads)).collect()
     }
 
     fn walk<F: EachParameter>(&self, each: F) -> F {
@@ -162,14 +183,12 @@ impl Flower {
     }
 }
 
-/// Takes the gradients of any part of the model out of `grads`, by canonical name.
-pub(crate) fn gradients<M: Module>(
-    module: &M,
-    spaces: &[&str],
-    grads: &mut Gradients,
-) -> BTreeMap<String, Option<Tensor<1>>> {
-    let taken = BTreeMap::new();
-    walk(module, spaces, Taken { grads, taken }).taken
+/// Returns the parameters of any part of the model with a way to their gradients, in the order of
+/// their names.
+pub(crate) fn pending<M: Module>(module: &M, spaces: &[&str]) -> Vec<Pending> {
+    let mut all = walk(module, spaces, AllPending::default()).0;
+    all.sort_by(|a, b| a.name.cmp(&b.name));
+    all
 }
 
 fn walk<M: Module, F: EachParameter>(module: &M, spaces: &[&str], each: F) -> F {
@@ -248,7 +267,7 @@ mod tests {
         let valid = model.valid_mask(&obs.spaces, device);
         let z = Tensor::ones(valid.dims(), device) * valid.clone();
         let t = Tensor::from_floats([0.2, 0.5, 0.9], device);
-        let velocity = model.velocity(&context, z.clone(), t, false);
+        let velocity = model.velocity(&context, z.clone(), t, None);
         let loss = crate::velocity_loss(velocity, z.clone(), z * 0.5, valid);
         (loss, obs.spaces.len())
     }

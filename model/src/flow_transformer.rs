@@ -3,15 +3,17 @@
 //! Legend: B batch, T steps of the chunk, A padded action width, S context tokens, D width,
 //! P proprioception.
 
+use std::ops::Range;
+
 use burn::module::{Module, Param};
 use burn::tensor::Tensor;
 use burn::tensor::activation::silu;
-use pollen_core::ActionSpace;
+use pollen_core::{ActionSpace, Seed};
 
 use crate::attention::{causal, hide};
 use crate::config::{CrossAttentionMask, FlowConfig};
 use crate::flow_block::{FlowBlock, Shared};
-use crate::layers::{Linear, Mlp, RmsNorm, dropout, stateless_norm};
+use crate::layers::{Linear, Mlp, RmsNorm, dropout, fork, reseed, stateless_norm};
 use crate::rope::Rope;
 use crate::rows::RowGroups;
 use crate::sinusoid::SinusoidEmbedder;
@@ -61,7 +63,21 @@ pub(crate) struct Encoded<'a> {
     /// `[B, P]`
     pub(crate) proprio_BP: Option<Tensor<2>>,
     pub(crate) spaces: &'a [usize],
-    pub(crate) train: bool,
+    /// Of the dropouts; none: evaluation.
+    pub(crate) dropout_seed: Option<Seed>,
+}
+
+/// What the blocks hand from one to the next; all of it carries gradients.
+#[derive(Clone, Debug)]
+pub(crate) struct FlowState {
+    /// Action tokens, `[B, T, D]`.
+    pub(crate) x_BTD: Tensor<3>,
+    /// `[B, S, D]`
+    pub(crate) context_BSD: Tensor<3>,
+    /// SiLU of the conditioning vector, `[B, D]`.
+    pub(crate) cond_BD: Tensor<2>,
+    /// The action space's modulation, `[B, 6 D]`.
+    pub(crate) global: Tensor<2>,
 }
 
 /// Present in published weights; its output is used nowhere.
@@ -179,15 +195,9 @@ impl FlowTransformer {
 
     /// Projects the features and embeds what does not depend on flow time.
     pub(crate) fn context(&self, inputs: Encoded) -> Context {
-        let groups = RowGroups::new(inputs.spaces, &inputs.features_BSC.device());
-        let cross_bias = match self.cross_mask {
-            CrossAttentionMask::None => None,
-            CrossAttentionMask::Boolean => Some(hide(inputs.mask_BS)),
-            CrossAttentionMask::Additive => {
-                let [batch, tokens] = inputs.mask_BS.dims();
-                Some(inputs.mask_BS.reshape([batch, 1, 1, tokens]))
-            }
-        };
+        let device = inputs.features_BSC.device();
+        let groups = RowGroups::new(inputs.spaces, &device);
+        let cross_bias = self.cross_bias(inputs.mask_BS);
         let tokens_BSD = self
             .cond_linear
             .forward(self.cond_norm.forward(inputs.features_BSC));
@@ -196,7 +206,9 @@ impl FlowTransformer {
         if let Some(proprio_BP) = inputs.proprio_BP
             && groups.spaces().any(|s| self.proprio_encoders[s].is_some())
         {
-            let embedded = self.proprio(&groups, proprio_BP, inputs.train);
+            let seed = inputs.dropout_seed.map(|seed| seed.child("proprio"));
+            reseed(&device, seed);
+            let embedded = self.proprio(&groups, proprio_BP, seed.is_some());
             conditioning_BD = conditioning_BD + stateless_norm(embedded);
         }
         Context {
@@ -205,6 +217,19 @@ impl FlowTransformer {
             conditioning_BD,
             groups,
             spaces: inputs.spaces.to_vec(),
+        }
+    }
+
+    /// Returns what is added to the logits of the cross-attention for a context of which `mask_BS`
+    /// says what is of use, `[B, S] -> [B, 1, 1, S]`.
+    pub(crate) fn cross_bias(&self, mask_BS: Tensor<2>) -> Option<Tensor<4>> {
+        match self.cross_mask {
+            CrossAttentionMask::None => None,
+            CrossAttentionMask::Boolean => Some(hide(mask_BS)),
+            CrossAttentionMask::Additive => {
+                let [batch, tokens] = mask_BS.dims();
+                Some(mask_BS.reshape([batch, 1, 1, tokens]))
+            }
         }
     }
 
@@ -248,30 +273,52 @@ impl FlowTransformer {
         })
     }
 
-    /// Runs the blocks, `[B, T, D] -> [B, T, D]`.
-    pub(crate) fn blocks(
-        &self,
-        context: &Context,
-        tokens_BTD: Tensor<3>,
-        cond_BD: Tensor<2>,
-        train: bool,
-    ) -> Tensor<3> {
+    /// Returns the state before the first block.
+    pub(crate) fn start(&self, context: &Context, z_BTA: Tensor<3>, t: Tensor<1>) -> FlowState {
+        let cond_BD = self.conditioning(context, t);
         // Of the nine vectors that published weights produce, the blocks use six.
         let global = self
             .global_modulation(&context.groups, cond_BD.clone())
             .narrow(1, 0, 6 * self.width);
-        let shared = Shared {
-            cond_BD: silu(cond_BD),
-            global: Some(global),
+        FlowState {
+            x_BTD: self.encode_actions(&context.groups, z_BTA),
             context_BSD: context.tokens_BSD.clone(),
-            cross_bias: context.cross_bias.clone(),
-            causal_bias: causal(tokens_BTD.dims()[1], &tokens_BTD.device()),
-            rope: &self.rope,
-            train,
-        };
-        self.dit
-            .iter()
-            .fold(tokens_BTD, |x_BTD, block| block.forward(x_BTD, &shared))
+            cond_BD: silu(cond_BD),
+            global,
+        }
+    }
+
+    /// Runs some of the blocks. Each draws its dropout from a seed of its own.
+    pub(crate) fn run_blocks(
+        &self,
+        state: FlowState,
+        cross_bias: Option<&Tensor<4>>,
+        dropout_seed: Option<Seed>,
+        range: Range<usize>,
+    ) -> FlowState {
+        let causal_bias = causal(state.x_BTD.dims()[1], &state.x_BTD.device());
+        range.fold(state, |state, block| {
+            let seed = dropout_seed.map(|seed| seed.child("block").index(block as u64));
+            reseed(&causal_bias.device(), seed);
+            let (context_BSD, next_context) = fork(state.context_BSD);
+            let (cond_BD, next_cond) = fork(state.cond_BD);
+            let (global, next_global) = fork(state.global);
+            let shared = Shared {
+                cond_BD,
+                global: Some(global),
+                context_BSD,
+                cross_bias: cross_bias.cloned(),
+                causal_bias: causal_bias.clone(),
+                rope: &self.rope,
+                train: seed.is_some(),
+            };
+            FlowState {
+                x_BTD: self.dit[block].forward(state.x_BTD, &shared),
+                context_BSD: next_context,
+                cond_BD: next_cond,
+                global: next_global,
+            }
+        })
     }
 
     /// Decodes to actions, zero beyond each space, `[B, T, D] -> [B, T, A]`.
@@ -288,7 +335,7 @@ impl FlowTransformer {
         })
     }
 
-    /// Returns the velocity at the noisy chunk `z` and flow time `t`.
+    /// Returns the velocity at the noisy chunk `z` and flow time `t`. With a seed the dropouts act.
     ///
     /// # Shapes
     /// `z_BTA: [B, T, A]`, `t: [B]` -> `[B, T, A]`
@@ -297,12 +344,12 @@ impl FlowTransformer {
         context: &Context,
         z_BTA: Tensor<3>,
         t: Tensor<1>,
-        train: bool,
+        dropout_seed: Option<Seed>,
     ) -> Tensor<3> {
-        let cond_BD = self.conditioning(context, t);
-        let tokens_BTD = self.encode_actions(&context.groups, z_BTA);
-        let x_BTD = self.blocks(context, tokens_BTD, cond_BD, train);
-        self.decode(&context.groups, x_BTD)
+        let state = self.start(context, z_BTA, t);
+        let bias = context.cross_bias.as_ref();
+        let state = self.run_blocks(state, bias, dropout_seed, 0..self.dit.len());
+        self.decode(&context.groups, state.x_BTD)
     }
 }
 

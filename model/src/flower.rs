@@ -61,11 +61,11 @@ impl Flower {
     /// # Shapes
     /// See [`Observation`] and [`TrainMasks`].
     pub fn encode(&self, obs: &Observation, masks: Option<&TrainMasks>) -> Context {
-        let train = masks.is_some();
+        let seed = masks.map(|masks| masks.dropout);
         let images = self.encoder.image_tokens(obs.images.clone(), masks);
         let content_BS = self.encoder.content_mask(obs, images.dims()[1]);
         let joined_BSD = self.encoder.join(images, obs.input_ids.clone());
-        let mut features = self.encoder.encode(joined_BSD, content_BS.clone(), train);
+        let mut features = self.encoder.encode(joined_BSD, content_BS.clone(), seed);
         if let Some(keep) = masks.and_then(|masks| masks.token_keep.clone()) {
             features = features * keep;
         }
@@ -75,11 +75,12 @@ impl Flower {
             frequency_hz: obs.frequency_hz.clone(),
             proprio_BP: obs.proprio.clone(),
             spaces: &obs.spaces,
-            train,
+            dropout_seed: seed,
         })
     }
 
-    /// Returns the velocity at the noisy chunk `z` and flow time `t` (1 is pure noise).
+    /// Returns the velocity at the noisy chunk `z` and flow time `t` (1 is pure noise). With `masks`
+    /// dropout acts.
     ///
     /// # Shapes
     /// `z: [B, H, A]`, `t: [B]` -> `[B, H, A]`, zero beyond each sample's action space
@@ -88,9 +89,10 @@ impl Flower {
         context: &Context,
         z: Tensor<3>,
         t: Tensor<1>,
-        train: bool,
+        masks: Option<&TrainMasks>,
     ) -> Tensor<3> {
-        self.head.velocity(context, z, t, train)
+        let seed = masks.map(|masks| masks.dropout);
+        self.head.velocity(context, z, t, seed)
     }
 
     /// Denoises `noise` in `steps` Euler steps; the result lies in [-1, 1] and is zero beyond
@@ -136,7 +138,7 @@ impl FlowTransformer {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{bits, mini, mini_observation, space, values};
+    use crate::testing::{bits, hold_generator, mini, mini_observation, space, values};
     use burn::tensor::Int;
     use pollen_core::Seed;
 
@@ -249,27 +251,20 @@ mod tests {
         let columns = config.num_depth_blocks();
         assert_eq!(config.depth_drop_rates().len(), columns);
         assert_eq!(config.depth_drop_rates()[columns - 1], 0.5);
-        let all = TrainMasks {
-            depth_keep: Some(Tensor::ones([2, columns], &device)),
-            token_keep: None,
+        let masks = |depth_keep, token_keep| TrainMasks {
+            depth_keep,
+            token_keep,
+            ..TrainMasks::new(Seed::new(1))
         };
+        let all = masks(Some(Tensor::ones([2, columns], &device)), None);
         let none = run(None);
-        assert_eq!(run(Some(&TrainMasks::default())), none);
+        assert_eq!(run(Some(&masks(None, None))), none);
         assert_eq!(run(Some(&all)), none);
         let dropped = Tensor::zeros([2, columns], &device);
-        assert_ne!(
-            run(Some(&TrainMasks {
-                depth_keep: Some(dropped),
-                token_keep: None
-            })),
-            none
-        );
+        assert_ne!(run(Some(&masks(Some(dropped), None))), none);
         let context_len = config.context_len(obs.input_ids.dims()[1]);
         let keep = Tensor::ones([2, context_len, config.language.width], &device) * 0.5;
-        let masks = TrainMasks {
-            depth_keep: None,
-            token_keep: Some(keep),
-        };
+        let masks = masks(None, Some(keep));
         // The norm behind the mask removes a common factor.
         for (a, b) in run(Some(&masks)).iter().zip(&none) {
             let (a, b) = (f32::from_bits(*a), f32::from_bits(*b));
@@ -279,6 +274,7 @@ mod tests {
 
     #[test]
     fn dropout_acts_only_in_training() {
+        let _held = hold_generator();
         let mut config = mini();
         config.language.dropout = 0.3;
         config.flow.dropout_attention = 0.3;
@@ -287,10 +283,13 @@ mod tests {
         let run = |masks: Option<&TrainMasks>| {
             let context = model.encode(&obs, masks);
             let t = Tensor::full([1], 0.5, &Device::flex());
-            bits(model.velocity(&context, noise(&model, 1), t, masks.is_some()))
+            bits(model.velocity(&context, noise(&model, 1), t, masks))
         };
         assert_eq!(run(None), run(None));
-        assert_ne!(run(Some(&TrainMasks::default())), run(None));
+        let masks = |seed| TrainMasks::new(Seed::new(seed));
+        assert_ne!(run(Some(&masks(1))), run(None));
+        assert_eq!(run(Some(&masks(1))), run(Some(&masks(1))));
+        assert_ne!(run(Some(&masks(1))), run(Some(&masks(2))));
     }
 
     #[test]

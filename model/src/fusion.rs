@@ -4,7 +4,9 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor};
+use pollen_core::Seed;
 
+use crate::attention::hide;
 use crate::config::{EncoderMask, FlowerConfig, TokenOrder};
 use crate::language::TextEncoder;
 use crate::observation::{Observation, TrainMasks};
@@ -42,19 +44,38 @@ impl JointEncoder {
     /// # Shapes
     /// `images: [B, N, 3, size, size] -> [B, N * L, D]`
     pub(crate) fn image_tokens(&self, images: Tensor<5>, masks: Option<&TrainMasks>) -> Tensor<3> {
-        let [batch, cameras, channels, height, width] = images.dims();
-        let images = images.reshape([batch * cameras, channels, height, width]);
+        let cameras = images.dims()[1];
+        let keep = self.depth_keep(cameras, masks);
+        let map_BHWC = self
+            .vision_tower
+            .forward(all_cameras(images), keep.as_ref());
+        self.project(map_BHWC, cameras)
+    }
+
+    /// Returns the columns of the depth mask for each image, one camera after another.
+    pub(crate) fn depth_keep(
+        &self,
+        cameras: usize,
+        masks: Option<&TrainMasks>,
+    ) -> Option<DepthKeep> {
         let columns = 2 * self.vision_tower.num_blocks();
-        let keep = masks
+        masks
             .and_then(|masks| masks.depth_keep.clone())
             .map(|keep| {
+                let batch = keep.dims()[0];
                 let present = keep.narrow(1, 0, cameras * columns);
                 DepthKeep(present.reshape([batch * cameras, columns]))
-            });
-        let map_BHWC = self.vision_tower.forward(images, keep.as_ref());
+            })
+    }
+
+    /// Projects the feature maps of all cameras to tokens.
+    ///
+    /// # Shapes
+    /// `[B * N, H, W, C] -> [B, N * L, D]`
+    pub(crate) fn project(&self, map_BHWC: Tensor<4>, cameras: usize) -> Tensor<3> {
         let tokens = self.projection.forward(map_BHWC);
-        let [_, length, width] = tokens.dims();
-        tokens.reshape([batch, cameras * length, width])
+        let [images, length, width] = tokens.dims();
+        tokens.reshape([images / cameras, cameras * length, width])
     }
 
     /// Joins image tokens, prompt vector and text in the configured order.
@@ -96,7 +117,7 @@ impl JointEncoder {
         Tensor::cat(parts, 1)
     }
 
-    /// Encodes a joined sequence.
+    /// Encodes a joined sequence. With a seed the dropouts act.
     ///
     /// # Shapes
     /// `[B, S, D]`, `[B, S]` -> `[B, S, D]`
@@ -104,12 +125,24 @@ impl JointEncoder {
         &self,
         joined_BSD: Tensor<3>,
         content_BS: Tensor<2>,
-        train: bool,
+        dropout_seed: Option<Seed>,
     ) -> Tensor<3> {
-        let mask = match self.mask {
-            EncoderMask::TextAndFlow => Some(content_BS),
-            EncoderMask::None => None,
-        };
-        self.language_model.encoder.forward(joined_BSD, mask, train)
+        let bias = self.bias(content_BS);
+        let encoder = &self.language_model.encoder;
+        encoder.forward(joined_BSD, bias.as_ref(), dropout_seed)
     }
+
+    /// Returns what is added to the encoder's logits, `[B, S] -> [B, 1, 1, S]`.
+    pub(crate) fn bias(&self, content_BS: Tensor<2>) -> Option<Tensor<4>> {
+        match self.mask {
+            EncoderMask::TextAndFlow => Some(hide(content_BS)),
+            EncoderMask::None => None,
+        }
+    }
+}
+
+/// `[B, N, 3, size, size] -> [B * N, 3, size, size]`
+pub(crate) fn all_cameras(images: Tensor<5>) -> Tensor<4> {
+    let [batch, cameras, channels, height, width] = images.dims();
+    images.reshape([batch * cameras, channels, height, width])
 }

@@ -2,12 +2,15 @@
 //!
 //! Legend: B batch, S tokens of the joined sequence, T text tokens, D width.
 
+use std::ops::Range;
+
 use burn::module::Module;
 use burn::tensor::{Int, Tensor};
+use pollen_core::Seed;
 
-use crate::attention::{Dropped, attend, hide, join_heads, split_heads};
+use crate::attention::{Dropped, attend, join_heads, split_heads};
 use crate::config::{LanguageConfig, POSITION_OFFSET};
-use crate::layers::{Embedding, LayerNorm, Linear, Mlp, dropout};
+use crate::layers::{Embedding, LayerNorm, Linear, Mlp, dropout, reseed};
 use crate::parameters::ENCODER;
 use crate::weights::Weights;
 
@@ -96,35 +99,52 @@ pub(crate) struct Encoder {
 }
 
 impl Encoder {
-    /// Adds the positions 0, 1, ... and normalises.
+    /// Adds the positions 0, 1, ... and normalises. With a seed the dropouts act.
     ///
     /// # Shapes
     /// `[B, S, D] -> [B, S, D]`
-    pub(crate) fn embed(&self, x_BSD: Tensor<3>, train: bool) -> Tensor<3> {
+    pub(crate) fn embed(&self, x_BSD: Tensor<3>, dropout_seed: Option<Seed>) -> Tensor<3> {
+        let seed = dropout_seed.map(|seed| seed.child("embedding"));
+        reseed(&x_BSD.device(), seed);
         let tokens = x_BSD.dims()[1];
         let positions = self.embed_positions.rows(POSITION_OFFSET, tokens);
         let normed = self
             .layernorm_embedding
             .forward(x_BSD + positions.unsqueeze());
-        dropout(normed, self.dropout_rate, train)
+        dropout(normed, self.dropout_rate, dropout_seed.is_some())
     }
 
-    /// Encodes the joined sequence. Keys with mask 0 are not attended; their own outputs are
-    /// computed all the same.
+    /// Runs some of the layers. Each draws its dropout from a seed of its own.
     ///
     /// # Shapes
-    /// `x_BSD: [B, S, D]`, `mask_BS: [B, S]` (none: all attended) -> `[B, S, D]`
+    /// `x_BSD: [B, S, D]`, `bias: [B, 1, 1, S]` -> `[B, S, D]`
+    pub(crate) fn run_layers(
+        &self,
+        x_BSD: Tensor<3>,
+        bias: Option<&Tensor<4>>,
+        dropout_seed: Option<Seed>,
+        range: Range<usize>,
+    ) -> Tensor<3> {
+        range.fold(x_BSD, |x_BSD, layer| {
+            let seed = dropout_seed.map(|seed| seed.child("layer").index(layer as u64));
+            reseed(&x_BSD.device(), seed);
+            self.layers[layer].forward(x_BSD, bias.cloned(), seed.is_some())
+        })
+    }
+
+    /// Encodes the joined sequence. What `bias` hides is not attended, but encoded all the same.
+    /// With a seed the dropouts act.
+    ///
+    /// # Shapes
+    /// `x_BSD: [B, S, D]`, `bias: [B, 1, 1, S]` (none: all attended) -> `[B, S, D]`
     pub(crate) fn forward(
         &self,
         x_BSD: Tensor<3>,
-        mask_BS: Option<Tensor<2>>,
-        train: bool,
+        bias: Option<&Tensor<4>>,
+        dropout_seed: Option<Seed>,
     ) -> Tensor<3> {
-        let bias = mask_BS.map(hide);
-        let x_BSD = self.embed(x_BSD, train);
-        self.layers.iter().fold(x_BSD, |x_BSD, layer| {
-            layer.forward(x_BSD, bias.clone(), train)
-        })
+        let x_BSD = self.embed(x_BSD, dropout_seed);
+        self.run_layers(x_BSD, bias, dropout_seed, 0..self.layers.len())
     }
 }
 

@@ -4,7 +4,8 @@
 use burn::module::{Module, Param};
 use burn::tensor::module::{conv2d, layer_norm, linear};
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Distribution, Int, Tensor};
+use burn::tensor::{Device, Distribution, Int, Tensor};
+use pollen_core::Seed;
 
 use crate::config::NormVariant;
 use crate::weights::Weights;
@@ -199,6 +200,22 @@ impl Mlp {
 pub(crate) fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     let erf = (x.clone() * std::f64::consts::FRAC_1_SQRT_2).erf();
     x * (erf * 0.5 + 0.5)
+}
+
+/// Returns the tensor twice, each with a gradient of its own, so that what one user of a shared
+/// tensor adds up does not mix with what the others add: sums of gradients then have the same
+/// order wherever a backward pass is cut.
+pub(crate) fn fork<const D: usize>(x: Tensor<D>) -> (Tensor<D>, Tensor<D>) {
+    let dims = x.dims();
+    (x.clone().reshape(dims), x.reshape(dims))
+}
+
+/// Sets the state of the backend's generator while training, so that what dropout draws from here
+/// on depends on the seed alone.
+pub(crate) fn reseed(device: &Device, seed: Option<Seed>) {
+    if let Some(seed) = seed {
+        device.seed(seed.value());
+    }
 }
 
 /// Zeroes values at random while training and scales up the rest; otherwise the identity.

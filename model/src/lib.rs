@@ -15,6 +15,7 @@
 //! | `parameters` | names, shapes and first values of all parameters |
 //! | `flower` | the model as its users see it |
 //! | `observation` | what it is given |
+//! | `segments` | a forward pass in segments, whose backward finishes gradients one by one |
 //! | `flat` | parameters and gradients as flat, named tensors |
 //! | `names` | module paths to the names in published checkpoints |
 //! | `vision` | DaViT and the projection to tokens |
@@ -64,6 +65,7 @@ mod rectified_flow;
 mod rope;
 mod rows;
 mod sampler;
+mod segments;
 mod sinusoid;
 mod vision;
 mod weights;
@@ -84,3 +86,4 @@ pub use flower::Flower;
 pub use observation::{Observation, TrainMasks};
 pub use parameters::{ParameterSpec, ParameterTable};
 pub use rectified_flow::{noisy_actions, velocity_loss};
+pub use segments::{Backward, SegmentedPass};

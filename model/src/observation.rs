@@ -1,6 +1,7 @@
 //! What the model is given.
 
 use burn::tensor::{Int, Tensor};
+use pollen_core::Seed;
 
 /// A batch of observations, ready for the model.
 #[derive(Clone, Debug)]
@@ -25,11 +26,25 @@ pub struct Observation {
 /// Random masks of a training step. Given by the caller, because they belong to the samples and
 /// not to the rank that happens to hold them. Handing them to
 /// [`Flower::encode`](crate::Flower::encode) means training: element-wise dropout acts too.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct TrainMasks {
+    /// Element-wise dropout draws from the backend's generator, which each layer sets to a child
+    /// of this seed.
+    pub dropout: Seed,
     /// `[B, num_depth_blocks]`: 0 where a residual branch of the image tower is dropped, else
     /// 1 / (probability to keep it).
     pub depth_keep: Option<Tensor<2>>,
     /// `[B, S, D]`: 0 where a context feature is dropped, else 1 / (probability to keep it).
     pub token_keep: Option<Tensor<3>>,
+}
+
+impl TrainMasks {
+    /// Returns masks that keep every branch and every feature.
+    pub fn new(dropout: Seed) -> Self {
+        Self {
+            dropout,
+            depth_keep: None,
+            token_keep: None,
+        }
+    }
 }

@@ -29,7 +29,7 @@ impl FlowTransformer {
     ) -> Tensor<3> {
         let batch = z_BHA.dims()[0];
         let t = Tensor::full([batch], t, &z_BHA.device());
-        let velocity = self.velocity(context, z_BHA.clone(), t, false);
+        let velocity = self.velocity(context, z_BHA.clone(), t, None);
         z_BHA - velocity / steps as f64
     }
 

@@ -1,5 +1,7 @@
 //! Small models and inputs for the tests of this crate.
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use burn::tensor::{Device, Tensor, TensorData};
 use pollen_core::action_space::{ActionDim, Normalize};
 use pollen_core::{ActionSpace, Seed};
@@ -85,6 +87,13 @@ pub(crate) fn mini_observation(spaces: &[usize], device: &Device) -> Observation
         )),
         spaces: spaces.to_vec(),
     }
+}
+
+/// Holds the backend's generator, of which a process has one: for tests in which something is
+/// drawn from it and compared.
+pub(crate) fn hold_generator() -> MutexGuard<'static, ()> {
+    static GENERATOR: Mutex<()> = Mutex::new(());
+    GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns the bits of all values.

@@ -4,7 +4,7 @@
 //! C context length, D context width.
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use pollen_core::ActionSpace;
+use pollen_core::{ActionSpace, Seed};
 use pollen_dataloader::HostBatch;
 use pollen_model::{Flower, Observation, TrainMasks, noisy_actions};
 use pollen_processing::{PIXEL_MEAN, PIXEL_STD};
@@ -107,8 +107,8 @@ impl BatchBuilder {
         Tensor::from_data(TensorData::new(values, shape), &self.device)
     }
 
-    /// Returns everything that one training forward needs.
-    pub fn flow(&self, batch: &HostBatch, step: u64, model: &Flower) -> FlowBatch {
+    /// Returns everything that one training forward needs; `dropout` seeds element-wise dropout.
+    pub fn flow(&self, batch: &HostBatch, step: u64, dropout: Seed, model: &Flower) -> FlowBatch {
         let time: Vec<f32> = batch
             .sample_indices
             .iter()
@@ -124,11 +124,11 @@ impl BatchBuilder {
             noise: self.sampling_noise(batch, &self.randomness),
             time: Tensor::<1>::from_floats(time.as_slice(), &self.device),
             valid: self.chunks(valid, batch),
-            masks: self.masks(batch, model),
+            masks: self.masks(batch, dropout, model),
         }
     }
 
-    fn masks(&self, batch: &HostBatch, model: &Flower) -> TrainMasks {
+    fn masks(&self, batch: &HostBatch, dropout: Seed, model: &Flower) -> TrainMasks {
         let b = batch.dims.batch;
         let config = model.config();
         let rates = config.depth_drop_rates();
@@ -154,6 +154,7 @@ impl BatchBuilder {
             Tensor::from_data(TensorData::new(keep, [b, c, d]), &self.device)
         });
         TrainMasks {
+            dropout,
             depth_keep,
             token_keep,
         }

@@ -17,7 +17,7 @@ pub struct Gradients {
 impl Gradients {
     /// Adds the gradients of one micro-batch. A parameter without a gradient counts as zero.
     ///
-    /// `named` holds canonical names with flat gradients, sorted by name.
+    /// `named` holds canonical names with flat gradients.
     pub fn add(
         &mut self,
         layout: &Layout,

@@ -71,15 +71,14 @@ impl Randomness {
         }
     }
 
-    /// Returns the seed of the backend's generator for elementwise dropout: the same bits only at
-    /// the same world size.
-    pub fn dropout(&self, step: u64, micro_batch: u32, rank: u32) -> u64 {
+    /// Returns the seed of elementwise dropout: the same bits only at the same world size.
+    pub fn dropout(&self, step: u64, micro_batch: u32, rank: u32) -> Seed {
         let seed = self
             .root
             .child("dropout")
             .index(step)
             .index(u64::from(micro_batch));
-        seed.index(u64::from(rank)).value()
+        seed.index(u64::from(rank))
     }
 
     /// Returns the seeds of the sampler's start noise for the `draw`-th chunk of an observation in

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 use pollen_collectives::Communicator;
 use pollen_dataloader::{BadSample, Data, HostBatch, Loader, Mixture};
-use pollen_model::Flower;
+use pollen_model::{Flower, SegmentedPass};
 
 use crate::batch::BatchBuilder;
 use crate::clip;
@@ -161,16 +161,12 @@ impl Trainer {
             bad.extend_from_slice(&host.bad);
 
             self.timer.enter(Phase::Forward);
-            let loss = self.micro_batch_loss(&host, micro_batch, global.valid_entries);
+            let (pass, loss) = self.micro_batch_loss(&host, micro_batch, global.valid_entries);
             verdict.loss += f64::from(loss.clone().into_scalar::<f32>());
 
             self.timer.enter(Phase::Backward);
-            let mut tape = loss.backward();
-            gradients.add(
-                &self.layout,
-                self.model.take_gradients(&mut tape),
-                &self.device,
-            );
+            let named = pass.backward(&loss).flatten().collect();
+            gradients.add(&self.layout, named, &self.device);
         }
 
         self.timer.enter(Phase::AllReduce);
@@ -211,21 +207,17 @@ impl Trainer {
         host: &HostBatch,
         micro_batch: u32,
         valid_entries: u64,
-    ) -> burn::tensor::Tensor<1> {
+    ) -> (SegmentedPass, Tensor<1>) {
         let rank = self.communicator.rank();
-        self.device.seed(
-            self.batches
-                .randomness
-                .dropout(self.step, micro_batch, rank),
-        );
-        let batch = self.batches.flow(host, self.step, &self.model);
-        let context = self.model.encode(&batch.observation, Some(&batch.masks));
-        let velocity = self
-            .model
-            .velocity(&context, batch.noisy(), batch.time.clone(), true);
+        let random = &self.batches.randomness;
+        let dropout = random.dropout(self.step, micro_batch, rank);
+        let batch = self.batches.flow(host, self.step, dropout, &self.model);
+        let (z, t) = (batch.noisy(), batch.time.clone());
+        let pass = self.model.segments(&batch.observation, &batch.masks, z, t);
+        let velocity = pass.velocity();
         let squares =
             pollen_model::velocity_loss(velocity, batch.noise, batch.actions, batch.valid);
-        squares / valid_entries as f64
+        (pass, squares / valid_entries as f64)
     }
 
     /// Sums the verdicts, so that all ranks decide alike.

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor};
 
 use super::Golden;
+use crate::attention::hide;
 use crate::config::{LanguageConfig, VisionConfig};
 use crate::language::TextEncoder;
 use crate::parameters::ParameterTable;
@@ -109,16 +110,16 @@ fn golden_bart_encoder() {
     golden.output("token_embeddings", model.token_embeddings(ids));
     let x: Tensor<3> = golden.tensor("input.inputs_embeds", &device);
     let mask: Tensor<2> = golden.tensor("input.attention_mask", &device);
-    let embedded = model.encoder.embed(x.clone(), false);
+    let embedded = model.encoder.embed(x.clone(), None);
     golden.output("after_embedding_norm", embedded.clone());
     let first = model.encoder.layers[0].forward(embedded, None, false);
     golden.output("after_layer0_no_mask", first);
     let ones = mask.ones_like();
-    let encoded = model.encoder.forward(x.clone(), Some(ones), false);
+    let encoded = model.encoder.forward(x.clone(), Some(&hide(ones)), None);
     golden.output("encoded_all_ones_mask", encoded);
     golden.output(
         "encoded_with_mask",
-        model.encoder.forward(x, Some(mask), false),
+        model.encoder.forward(x, Some(&hide(mask)), None),
     );
     golden.finish();
 }

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor};
 use super::{Golden, pad};
 use crate::attention::{causal, hide};
 use crate::config::{CrossAttentionMask, NormVariant};
-use crate::flat::gradients;
+use crate::flat::pending;
 use crate::flow_block::{FlowBlock, Shared, modulate};
 use crate::flow_transformer::{Context, Encoded, FlowTransformer};
 use crate::parameters::ParameterTable;
@@ -197,7 +197,7 @@ impl Head {
             frequency_hz: self.golden.rows("frequency_hz", &self.device),
             proprio_BP: Some(self.golden.rows("proprio", &self.device)),
             spaces: &self.golden.space_of_rows(),
-            train: false,
+            dropout_seed: None,
         })
     }
 
@@ -214,7 +214,7 @@ impl Head {
             frequency_hz: Tensor::full([batch], FINETUNE_HZ, &self.device),
             proprio_BP: None,
             spaces: &vec![space; batch],
-            train: false,
+            dropout_seed: None,
         });
         (model, context)
     }
@@ -264,9 +264,12 @@ fn golden_dit() {
     );
     let z: Tensor<3> = golden.tensor("input.z", device);
     let tokens = model.encode_actions(&context.groups, z.clone());
-    golden.output("action_tokens", tokens.clone());
-    golden.output("dit_out", model.blocks(&context, tokens, cond, false));
-    golden.output("velocity", model.velocity(&context, z, t.clone(), false));
+    golden.output("action_tokens", tokens);
+    let state = model.start(&context, z.clone(), t.clone());
+    let bias = context.cross_bias.as_ref();
+    let state = model.run_blocks(state, bias, None, 0..model.dit.len());
+    golden.output("dit_out", state.x_BTD);
+    golden.output("velocity", model.velocity(&context, z, t.clone(), None));
     golden.output(
         "action_space_embed_unused",
         model.action_space_embedder.forward(&golden.space_of_rows()),
@@ -282,7 +285,7 @@ fn golden_dit() {
         golden.tensor("input.finetune_z", device),
         tuned.action_width(),
     );
-    let velocity = tuned.velocity(&context, z, t, false);
+    let velocity = tuned.velocity(&context, z, t, None);
     golden.output("finetune_velocity", unpad(&tuned, velocity));
     golden.finish();
 }
@@ -299,7 +302,7 @@ fn golden_flow_loss() {
     let t: Tensor<1> = golden.tensor("input.t", device);
     let z = noisy_actions(actions.clone(), noise.clone(), t.clone());
     golden.output("z_t", z.clone());
-    let velocity = head.model.velocity(&context, z.clone(), t, false);
+    let velocity = head.model.velocity(&context, z.clone(), t, None);
     golden.output("velocity", velocity.clone());
     let valid = head.model.valid_mask(&context.spaces, z.dims()[1], device);
     golden.output("valid_mask", valid.clone());
@@ -310,7 +313,8 @@ fn golden_flow_loss() {
     golden.grad("grad.features", features.grad(&grads).expect("a gradient"));
     let names = head.model.space_names();
     let mut norm = Tensor::<1>::zeros([1], &Device::flex());
-    for (name, grad) in gradients(&head.model, &names, &mut grads) {
+    for parameter in pending(&head.model, &names) {
+        let (name, grad) = parameter.take(&mut grads);
         let stored = format!("grad.{name}");
         let Some(grad) = grad else {
             assert!(!golden.has(&stored), "{name} has no gradient");
@@ -338,11 +342,12 @@ fn golden_flow_loss() {
     let t: Tensor<1> = golden.tensor("input.finetune_t", device);
     let z = noisy_actions(actions.clone(), noise.clone(), t.clone());
     let valid = tuned.valid_mask(&context.spaces, z.dims()[1], device);
-    let velocity = tuned.velocity(&context, z, t, false);
+    let velocity = tuned.velocity(&context, z, t, None);
     let loss = velocity_loss(velocity, noise, actions, valid.clone()) / valid.sum();
     golden.output("finetune_loss", loss.clone());
     let mut grads = loss.backward();
-    for (name, grad) in gradients(&tuned, &names, &mut grads) {
+    for parameter in pending(&tuned, &names) {
+        let (name, grad) = parameter.take(&mut grads);
         let stored = format!("grad_finetune.{name}");
         if golden.has(&stored) {
             golden.grad(&stored, grad.expect("a gradient"));

@@ -52,7 +52,7 @@ fn loss(
     t: Tensor<1>,
 ) -> (Tensor<1>, Tensor<3>) {
     let z = noisy_actions(actions.clone(), noise.clone(), t.clone());
-    let velocity = model.velocity(&model.encode(obs, None), z, t, false);
+    let velocity = model.velocity(&model.encode(obs, None), z, t, None);
     let valid = model.valid_mask(&obs.spaces, &actions.device());
     let sum = velocity_loss(velocity.clone(), noise, actions, valid.clone());
     (sum / valid.sum(), velocity)
@@ -73,7 +73,7 @@ fn golden_joined() {
     golden.output("encoder_mask", content.clone());
     let joined = model.encoder.join(images, obs.input_ids.clone());
     golden.output("merged_embeds", joined.clone());
-    golden.output("features", model.encoder.encode(joined, content, false));
+    golden.output("features", model.encoder.encode(joined, content, None));
     let noise = input("sample_noise");
     let sampled = model.sample(&model.encode(&obs, None), noise, steps);
     golden.output("sampled_actions", sampled);
@@ -113,7 +113,7 @@ fn check_finetune(golden: &Golden, model: Flower, pretrain: &Observation, device
     let joined = model.encoder.join(images, obs.input_ids.clone());
     golden.output(
         "finetune_features",
-        model.encoder.encode(joined, content, false),
+        model.encoder.encode(joined, content, None),
     );
 
     let input = |name: &str| {

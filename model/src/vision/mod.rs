@@ -5,6 +5,8 @@
 mod attention;
 mod block;
 
+use std::ops::Range;
+
 use burn::module::{Module, Param};
 use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor, TensorData};
@@ -115,26 +117,53 @@ impl VisionTower {
         2 * self.blocks.iter().map(Vec::len).sum::<usize>()
     }
 
+    /// Returns the number of the first block of a stage.
+    pub(crate) fn first_block(&self, stage: usize) -> usize {
+        2 * self.blocks[..stage].iter().map(Vec::len).sum::<usize>()
+    }
+
     /// # Shapes
     /// `[B, 3, S, S] -> [B, H, W, C]`
     pub(crate) fn forward(&self, images: Tensor<4>, keep: Option<&DepthKeep>) -> Tensor<4> {
-        let mut x_BHWC = images.permute([0, 2, 3, 1]);
+        self.run_blocks(channels_last(images), keep, 0..self.num_blocks())
+    }
+
+    /// Runs some of the blocks, counted through all stages; the patch convolution of a stage
+    /// belongs to its first block.
+    ///
+    /// # Shapes
+    /// `[B, H, W, C] -> [B, H', W', C']`
+    pub(crate) fn run_blocks(
+        &self,
+        mut x_BHWC: Tensor<4>,
+        keep: Option<&DepthKeep>,
+        range: Range<usize>,
+    ) -> Tensor<4> {
         let mut block = 0;
-        let mut next_keep = || {
-            block += 1;
-            BranchKeep {
-                keep: keep.map(|keep| (keep.0.clone(), block - 1)),
-            }
-        };
         for (conv, pairs) in self.convs.iter().zip(&self.blocks) {
-            x_BHWC = conv.forward(x_BHWC);
+            if range.contains(&block) {
+                x_BHWC = conv.forward(x_BHWC);
+            }
             for pair in pairs {
-                x_BHWC = pair.spatial_block.forward(x_BHWC, &next_keep());
-                x_BHWC = pair.channel_block.forward(x_BHWC, &next_keep());
+                let keep = |block| BranchKeep {
+                    keep: keep.map(|keep| (keep.0.clone(), block)),
+                };
+                if range.contains(&block) {
+                    x_BHWC = pair.spatial_block.forward(x_BHWC, &keep(block));
+                }
+                if range.contains(&(block + 1)) {
+                    x_BHWC = pair.channel_block.forward(x_BHWC, &keep(block + 1));
+                }
+                block += 2;
             }
         }
         x_BHWC
     }
+}
+
+/// `[B, C, H, W] -> [B, H, W, C]`
+pub(crate) fn channels_last(images: Tensor<4>) -> Tensor<4> {
+    images.permute([0, 2, 3, 1])
 }
 
 /// Learned positions of rows and columns.

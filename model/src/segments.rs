@@ -1,0 +1,570 @@
+//! The training pass in segments: a backward pass that hands out gradients while it still runs.
+//!
+//! ```text
+//! images -> vision blocks ... -> join -> text layers ... -> condition -> flow blocks ... -> velocity
+//!        cut              cut        cut              cut             cut             cut
+//! ```
+//! At a cut the values go on as leaves of a tape of their own. Their gradients, once the later
+//! segment is done, start the backward pass of the earlier one as those of (values * gradients).
+//! The bits are those of one tape over all: every tensor that crosses a cut is used by one block
+//! and handed on, so no sum of gradients changes its order.
+
+use std::ops::Range;
+
+use burn::tensor::{Gradients, Int, Tensor};
+use pollen_core::Seed;
+
+use crate::flat::Pending;
+use crate::flow_transformer::{Encoded, FlowState};
+use crate::flower::Flower;
+use crate::fusion::all_cameras;
+use crate::observation::{Observation, TrainMasks};
+use crate::rows::RowGroups;
+use crate::vision::{DepthKeep, channels_last};
+
+/// Blocks or layers of a segment: few enough that the first gradients come early, many enough
+/// that cuts cost nothing.
+const BLOCKS_PER_SEGMENT: usize = 6;
+
+/// A piece of the forward pass. Every parameter belongs to one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Segment {
+    /// Blocks of the image tower, counted through all stages.
+    Vision(Range<usize>),
+    /// Projection of the images, token table, embedding of the joined sequence.
+    Join,
+    /// Layers of the text encoder.
+    Language(Range<usize>),
+    /// Projection of the context, conditioning vector, action encoders.
+    Condition,
+    /// Blocks of the flow transformer; the last of them with the action decoders.
+    Flow(Range<usize>),
+}
+
+/// What crosses a cut.
+#[derive(Clone, Debug)]
+enum State {
+    /// `[B * N, H, W, C]`
+    Map(Tensor<4>),
+    /// `[B, S, D]`
+    Tokens(Tensor<3>),
+    Flow(Box<FlowState>),
+    /// `[B, H, A]`
+    Velocity(Tensor<3>),
+}
+
+/// What segments read beside the state; none of it carries gradients.
+#[derive(Debug)]
+struct Inputs {
+    cameras: usize,
+    depth_keep: Option<DepthKeep>,
+    token_keep: Option<Tensor<3>>,
+    input_ids: Tensor<2, Int>,
+    encoder_bias: Option<Tensor<4>>,
+    content_BS: Tensor<2>,
+    cross_bias: Option<Tensor<4>>,
+    frequency_hz: Tensor<1>,
+    proprio: Option<Tensor<2>>,
+    spaces: Vec<usize>,
+    groups: RowGroups,
+    z: Tensor<3>,
+    t: Tensor<1>,
+    dropout: Seed,
+}
+
+/// A segment after its forward pass.
+struct Done {
+    /// Leaves of the segment's tape.
+    input: State,
+    /// Its results, on the segment's tape.
+    output: State,
+    parameters: Vec<Pending>,
+}
+
+/// A forward pass in training whose backward pass runs segment by segment.
+pub struct SegmentedPass {
+    segments: Vec<Done>,
+    velocity: Tensor<3>,
+}
+
+/// A backward pass in progress: an iterator over the gradients of one segment after another, the
+/// last segment first. Every parameter of the model occurs once, with no gradient if it got none.
+pub struct Backward {
+    segments: Vec<Done>,
+    grads: Gradients,
+    /// Leaves behind the next segment, whose gradients are in `grads`.
+    leaves: State,
+}
+
+impl Flower {
+    /// Predicts the velocity at the noisy chunk `z` and flow time `t` for training, with a tape
+    /// per segment: the same bits as [`Flower::encode`] and [`Flower::velocity`] with `masks`.
+    ///
+    /// # Shapes
+    /// `z: [B, H, A]`, `t: [B]`; see [`Observation`] and [`TrainMasks`]
+    pub fn segments(
+        &self,
+        obs: &Observation,
+        masks: &TrainMasks,
+        z: Tensor<3>,
+        t: Tensor<1>,
+    ) -> SegmentedPass {
+        let inputs = self.inputs(obs, masks, z, t);
+        let plan = self.plan();
+        let mut parameters = self.parameters_of(&plan);
+        let mut state = State::Map(channels_last(all_cameras(obs.images.clone())));
+        let mut segments = Vec::with_capacity(plan.len());
+        for (segment, parameters) in plan.iter().zip(parameters.drain(..)) {
+            let input = state;
+            let output = self.run(segment, &inputs, input.clone());
+            state = output.leaves();
+            segments.push(Done {
+                input,
+                output,
+                parameters,
+            });
+        }
+        let State::Velocity(velocity) = state else {
+            unreachable!("the last segment returns a velocity");
+        };
+        SegmentedPass { segments, velocity }
+    }
+
+    fn inputs(&self, obs: &Observation, masks: &TrainMasks, z: Tensor<3>, t: Tensor<1>) -> Inputs {
+        let cameras = obs.images.dims()[1];
+        let image_tokens = cameras * self.config().vision.num_tokens();
+        let content_BS = self.encoder.content_mask(obs, image_tokens);
+        Inputs {
+            cameras,
+            depth_keep: self.encoder.depth_keep(cameras, Some(masks)),
+            token_keep: masks.token_keep.clone(),
+            input_ids: obs.input_ids.clone(),
+            encoder_bias: self.encoder.bias(content_BS.clone()),
+            cross_bias: self.head.cross_bias(content_BS.clone()),
+            content_BS,
+            frequency_hz: obs.frequency_hz.clone(),
+            proprio: obs.proprio.clone(),
+            groups: RowGroups::new(&obs.spaces, &obs.images.device()),
+            spaces: obs.spaces.clone(),
+            z,
+            t,
+            dropout: masks.dropout,
+        }
+    }
+
+    /// Lists the segments in the order of the forward pass.
+    fn plan(&self) -> Vec<Segment> {
+        let tower = &self.encoder.vision_tower;
+        let mut plan = Vec::new();
+        for stage in 0..tower.blocks.len() {
+            let blocks = tower.first_block(stage)..tower.first_block(stage + 1);
+            plan.extend(cut(blocks).map(Segment::Vision));
+        }
+        plan.push(Segment::Join);
+        let layers = self.encoder.language_model.encoder.layers.len();
+        plan.extend(cut(0..layers).map(Segment::Language));
+        plan.push(Segment::Condition);
+        plan.extend(cut(0..self.head.dit.len()).map(Segment::Flow));
+        plan
+    }
+
+    /// Deals the parameters to the segments.
+    fn parameters_of(&self, plan: &[Segment]) -> Vec<Vec<Pending>> {
+        let mut dealt: Vec<Vec<Pending>> = plan.iter().map(|_| Vec::new()).collect();
+        for pending in self.pending() {
+            let unit = self.unit_of(&pending.name);
+            let place = plan.iter().position(|segment| segment.holds(&unit));
+            dealt[place.expect("the plan covers the whole model")].push(pending);
+        }
+        dealt
+    }
+
+    /// Returns the smallest segment that a parameter could be in.
+    fn unit_of(&self, name: &str) -> Segment {
+        let parts: Vec<&str> = name.split('.').collect();
+        let number = |text: &str| -> usize { text.parse().expect("canonical names hold numbers") };
+        let one = |first| first..first + 1;
+        match parts[..] {
+            ["vlm", "vision_tower", "convs", stage, ..] => {
+                Segment::Vision(one(self.encoder.vision_tower.first_block(number(stage))))
+            }
+            ["vlm", "vision_tower", "blocks", stage, pair, kind, ..] => {
+                let first = self.encoder.vision_tower.first_block(number(stage));
+                let second = usize::from(kind == "channel_block");
+                Segment::Vision(one(first + 2 * number(pair) + second))
+            }
+            [
+                "vlm",
+                "language_model",
+                "model",
+                "encoder",
+                "layers",
+                layer,
+                ..,
+            ] => Segment::Language(one(number(layer))),
+            ["vlm" | "prompt_embeds", ..] => Segment::Join,
+            ["dit", block, ..] => Segment::Flow(one(number(block))),
+            ["action_decoders", ..] => Segment::Flow(one(self.head.dit.len() - 1)),
+            _ => Segment::Condition,
+        }
+    }
+
+    fn run(&self, segment: &Segment, inputs: &Inputs, state: State) -> State {
+        match (segment, state) {
+            (Segment::Vision(blocks), State::Map(map)) => {
+                let tower = &self.encoder.vision_tower;
+                let keep = inputs.depth_keep.as_ref();
+                State::Map(tower.run_blocks(map, keep, blocks.clone()))
+            }
+            (Segment::Join, State::Map(map)) => {
+                let images = self.encoder.project(map, inputs.cameras);
+                let joined = self.encoder.join(images, inputs.input_ids.clone());
+                let encoder = &self.encoder.language_model.encoder;
+                State::Tokens(encoder.embed(joined, Some(inputs.dropout)))
+            }
+            (Segment::Language(layers), State::Tokens(tokens)) => {
+                let encoder = &self.encoder.language_model.encoder;
+                let bias = inputs.encoder_bias.as_ref();
+                let seed = Some(inputs.dropout);
+                State::Tokens(encoder.run_layers(tokens, bias, seed, layers.clone()))
+            }
+            (Segment::Condition, State::Tokens(features)) => {
+                let features = match &inputs.token_keep {
+                    Some(keep) => features * keep.clone(),
+                    None => features,
+                };
+                let context = self.head.context(Encoded {
+                    features_BSC: features,
+                    mask_BS: inputs.content_BS.clone(),
+                    frequency_hz: inputs.frequency_hz.clone(),
+                    proprio_BP: inputs.proprio.clone(),
+                    spaces: &inputs.spaces,
+                    dropout_seed: Some(inputs.dropout),
+                });
+                let (z, t) = (inputs.z.clone(), inputs.t.clone());
+                State::Flow(Box::new(self.head.start(&context, z, t)))
+            }
+            (Segment::Flow(blocks), State::Flow(state)) => {
+                let bias = inputs.cross_bias.as_ref();
+                let seed = Some(inputs.dropout);
+                let state = self.head.run_blocks(*state, bias, seed, blocks.clone());
+                if blocks.end < self.head.dit.len() {
+                    return State::Flow(Box::new(state));
+                }
+                State::Velocity(self.head.decode(&inputs.groups, state.x_BTD))
+            }
+            (segment, state) => unreachable!("{segment:?} does not follow on {state:?}"),
+        }
+    }
+}
+
+/// Cuts blocks into as many as one segment takes.
+fn cut(blocks: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = blocks.end;
+    blocks
+        .step_by(BLOCKS_PER_SEGMENT)
+        .map(move |first| first..end.min(first + BLOCKS_PER_SEGMENT))
+}
+
+impl Segment {
+    /// Returns whether the segment covers `unit`.
+    fn holds(&self, unit: &Self) -> bool {
+        let covers =
+            |all: &Range<usize>, one: &Range<usize>| all.start <= one.start && one.end <= all.end;
+        match (self, unit) {
+            (Self::Vision(all), Self::Vision(one))
+            | (Self::Language(all), Self::Language(one))
+            | (Self::Flow(all), Self::Flow(one)) => covers(all, one),
+            _ => self == unit,
+        }
+    }
+}
+
+impl State {
+    /// Returns the values as leaves, which keep gradients where something before them is trained.
+    fn leaves(&self) -> Self {
+        match self {
+            Self::Map(map) => Self::Map(leaf(map)),
+            Self::Tokens(tokens) => Self::Tokens(leaf(tokens)),
+            Self::Flow(state) => Self::Flow(Box::new(FlowState {
+                x_BTD: leaf(&state.x_BTD),
+                context_BSD: leaf(&state.context_BSD),
+                cond_BD: leaf(&state.cond_BD),
+                global: leaf(&state.global),
+            })),
+            Self::Velocity(velocity) => Self::Velocity(leaf(velocity)),
+        }
+    }
+
+    /// Returns the scalar whose gradient is that of the loss, from the gradients that the
+    /// `leaves` made of this state got; none if no gradient leads back from here.
+    fn root(self, leaves: &Self, grads: &mut Gradients) -> Option<Tensor<1>> {
+        let parts = match (self, leaves) {
+            (Self::Map(map), Self::Map(leaf)) => vec![weighted(map, leaf, grads)],
+            (Self::Tokens(tokens), Self::Tokens(leaf)) => vec![weighted(tokens, leaf, grads)],
+            (Self::Velocity(velocity), Self::Velocity(leaf)) => {
+                vec![weighted(velocity, leaf, grads)]
+            }
+            (Self::Flow(state), Self::Flow(leaf)) => vec![
+                weighted(state.x_BTD, &leaf.x_BTD, grads),
+                weighted(state.context_BSD, &leaf.context_BSD, grads),
+                weighted(state.cond_BD, &leaf.cond_BD, grads),
+                weighted(state.global, &leaf.global, grads),
+            ],
+            (state, leaves) => unreachable!("{leaves:?} are not the leaves of {state:?}"),
+        };
+        parts.into_iter().flatten().reduce(|sum, part| sum + part)
+    }
+}
+
+fn leaf<const D: usize>(values: &Tensor<D>) -> Tensor<D> {
+    let trained = values.is_tracked();
+    values.clone().detach().set_require_grad(trained)
+}
+
+fn weighted<const D: usize>(
+    values: Tensor<D>,
+    leaf: &Tensor<D>,
+    grads: &mut Gradients,
+) -> Option<Tensor<1>> {
+    let grad = leaf.grad_remove(grads)?;
+    Some((values * grad).sum())
+}
+
+impl SegmentedPass {
+    /// Returns the velocity, `[B, H, A]`: the leaf to compute the loss from.
+    pub fn velocity(&self) -> Tensor<3> {
+        self.velocity.clone()
+    }
+
+    /// Starts the backward pass from a `loss` made of [`SegmentedPass::velocity`]. Each step of
+    /// the iterator runs one segment.
+    ///
+    /// # Panics
+    /// When the loss does not depend on the velocity, or nothing in the model is trained.
+    pub fn backward(self, loss: &Tensor<1>) -> Backward {
+        Backward {
+            grads: loss.backward(),
+            leaves: State::Velocity(self.velocity),
+            segments: self.segments,
+        }
+    }
+}
+
+impl Iterator for Backward {
+    type Item = Vec<(String, Option<Tensor<1>>)>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let done = self.segments.pop()?;
+        if let Some(root) = done.output.root(&self.leaves, &mut self.grads) {
+            self.grads = root.backward();
+        }
+        self.leaves = done.input;
+        let parameters = done.parameters.into_iter();
+        Some(parameters.map(|p| p.take(&mut self.grads)).collect())
+    }
+}
+
+impl std::fmt::Debug for SegmentedPass {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("SegmentedPass")
+            .field("segments", &self.segments.len())
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Backward {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Backward")
+            .field("segments", &self.segments.len())
+            .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::FlowerConfig;
+    use crate::testing::{bits, hold_generator, mini, mini_observation, space};
+    use burn::module::{Module, ModuleMapper, Param};
+    use burn::tensor::{Device, TensorData};
+
+    /// Several segments in each part, every dropout on.
+    fn deep() -> FlowerConfig {
+        let mut config = mini();
+        config.vision.depths = vec![1, 4];
+        config.vision.stochastic_depth = 0.5;
+        config.language.layers = 7;
+        config.language.dropout = 0.2;
+        config.flow.layers = 8;
+        config.flow.dropout_attention = 0.2;
+        config.flow.dropout_residual = 0.1;
+        config.flow.dropout_mlp = 0.1;
+        config.flow.dropout_proprio = 0.1;
+        config.token_dropout = 0.1;
+        config
+    }
+
+    fn model(config: &FlowerConfig, device: &Device) -> Flower {
+        let spaces = [
+            space("eef_delta", 7, 0),
+            space("bimanual_nav", 9, 4),
+            space("absent", 3, 0),
+        ];
+        let model = config.init(&spaces, Seed::new(5), device).expect("valid");
+        // The global modulation starts at zero and would hide its own gradients' way.
+        model.with_flat_parameters(&mut |name| {
+            let width = config.flow.width;
+            name.starts_with("adaln.")
+                .then(|| Tensor::full([9 * width * width], 0.01, &device.clone().inner()))
+        })
+    }
+
+    fn random<const D: usize>(name: &str, shape: [usize; D], device: &Device) -> Tensor<D> {
+        let mut values = vec![0.0; shape.iter().product()];
+        Seed::new(11).child(name).draws().fill_normal(&mut values);
+        Tensor::from_data(TensorData::new(values, shape), device)
+    }
+
+    fn masks(config: &FlowerConfig, obs: &Observation, device: &Device) -> TrainMasks {
+        let batch = obs.spaces.len();
+        let half = |x: Tensor<2>| x.greater_elem(0.0).float() * 2.0;
+        let context = config.context_len(obs.input_ids.dims()[1]);
+        let depth = half(random("depth", [batch, config.num_depth_blocks()], device));
+        let width = config.language.width;
+        let tokens = half(random("tokens", [batch, context * width], device));
+        TrainMasks {
+            dropout: Seed::new(3),
+            depth_keep: Some(depth),
+            token_keep: Some(tokens.reshape([batch, context, width])),
+        }
+    }
+
+    type Named = Vec<(String, Option<Vec<u32>>)>;
+
+    fn named(gradients: Vec<(String, Option<Tensor<1>>)>) -> Named {
+        let bits = |(name, grad): (String, Option<Tensor<1>>)| (name, grad.map(bits));
+        gradients.into_iter().map(bits).collect()
+    }
+
+    /// Loss and gradients over one tape, and segment by segment.
+    fn both(model: &Flower, device: &Device) -> [(Vec<u32>, Named); 2] {
+        let obs = mini_observation(&[0, 1, 1, 0], device);
+        let masks = masks(model.config(), &obs, device);
+        let valid = model.valid_mask(&obs.spaces, device);
+        let z = random("z", valid.dims(), device) * valid.clone();
+        let target = random("target", valid.dims(), device);
+        let t = Tensor::from_floats([0.2, 0.5, 0.9, 0.1], device);
+        let loss = |velocity: Tensor<3>| {
+            crate::velocity_loss(velocity, target.clone(), z.clone(), valid.clone())
+        };
+
+        let _held = hold_generator();
+        let context = model.encode(&obs, Some(&masks));
+        let whole = loss(model.velocity(&context, z.clone(), t.clone(), Some(&masks)));
+        let mut grads = whole.backward();
+        let expected = (bits(whole), named(model.take_gradients(&mut grads)));
+
+        let pass = model.segments(&obs, &masks, z.clone(), t);
+        let cut = loss(pass.velocity());
+        let mut got: Named = pass.backward(&cut).flat_map(named).collect();
+        got.sort();
+        [expected, (bits(cut), got)]
+    }
+
+    #[track_caller]
+    fn assert_same(whole: &(Vec<u32>, Named), cut: &(Vec<u32>, Named)) {
+        assert_eq!(cut.0, whole.0, "loss");
+        assert_eq!(cut.1.len(), whole.1.len(), "every parameter once");
+        for (cut, whole) in cut.1.iter().zip(&whole.1) {
+            assert!(cut == whole, "{} and {} differ", cut.0, whole.0);
+        }
+    }
+
+    #[test]
+    fn the_bits_are_those_of_one_backward() {
+        let device = Device::flex().autodiff();
+        let model = model(&deep(), &device);
+        let [whole, cut] = both(&model, &device);
+        assert_same(&whole, &cut);
+        let absent = |name: &str| name.contains(".absent.");
+        for (info, (name, grad)) in model.parameters().iter().zip(&whole.1) {
+            assert_eq!(grad.is_some(), info.trained && !absent(name), "{name}");
+        }
+    }
+
+    #[test]
+    fn gradients_arrive_from_the_end() {
+        let device = Device::flex().autodiff();
+        let model = model(&deep(), &device);
+        let obs = mini_observation(&[0, 1], &device);
+        let z = random("z", [2, 3, 9], &device);
+        let t = Tensor::from_floats([0.2, 0.5], &device);
+        let _held = hold_generator();
+        let pass = model.segments(&obs, &TrainMasks::new(Seed::new(1)), z, t);
+        let loss = pass.velocity().square().sum();
+        let firsts: Vec<String> = pass
+            .backward(&loss)
+            .map(|segment| segment[0].0.clone())
+            .collect();
+        assert_eq!(firsts.len(), model.plan().len());
+        let stage = |stage, pair| format!("vlm.vision_tower.blocks.{stage}.{pair}.");
+        let starts = [
+            "action_decoders.".to_owned(),
+            "dit.0.".to_owned(),
+            "action_encoders.".to_owned(),
+            "vlm.language_model.model.encoder.layers.6.".to_owned(),
+            "vlm.language_model.model.encoder.layers.0.".to_owned(),
+            "prompt_embeds".to_owned(),
+            stage(1, 3),
+            stage(1, 0),
+            stage(0, 0),
+        ];
+        for (first, start) in firsts.iter().zip(&starts) {
+            assert!(first.starts_with(start), "{first} is not in {start}");
+        }
+        assert_eq!(firsts.len(), starts.len());
+    }
+
+    /// Takes parameters out of training.
+    struct Freeze {
+        path: Vec<String>,
+        frozen: fn(&str) -> bool,
+    }
+
+    impl ModuleMapper for Freeze {
+        fn enter_module(&mut self, name: &str, _container_type: &str) {
+            self.path.push(name.into());
+        }
+
+        fn exit_module(&mut self, _name: &str, _container_type: &str) {
+            self.path.pop();
+        }
+
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            if (self.frozen)(&self.path.join(".")) {
+                return param.set_require_grad(false);
+            }
+            param
+        }
+    }
+
+    #[test]
+    fn frozen_parts_get_no_gradients_and_change_no_others() {
+        let device = Device::flex().autodiff();
+        let cases: [fn(&str) -> bool; 4] = [
+            |path| path.starts_with("encoder."),
+            |path| path.starts_with("encoder.vision_tower."),
+            |path| path.starts_with("head."),
+            |path| path.starts_with("encoder.language_model.") || path.starts_with("head.dit."),
+        ];
+        for (case, frozen) in cases.into_iter().enumerate() {
+            let path = Vec::new();
+            let model = model(&deep(), &device).map(&mut Freeze { path, frozen });
+            let [whole, cut] = both(&model, &device);
+            assert_same(&whole, &cut);
+            let trained = whole.1.iter().filter(|(_, grad)| grad.is_some()).count();
+            assert!(0 < trained && trained < whole.1.len(), "case {case}");
+        }
+    }
+}
