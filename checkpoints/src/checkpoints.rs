@@ -1,6 +1,6 @@
 //! A run's checkpoints: claims, publishing, retention.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use pollen_storage::Storage;
@@ -41,6 +41,8 @@ pub(crate) struct Inner {
     pub(crate) log: Log,
     /// Verified in this process, so that it need not be read again to delete an older one.
     verified: Mutex<BTreeSet<CheckpointId>>,
+    /// Held-out errors that were read from MANIFESTs; infinite where none was measured.
+    eval_errors: Mutex<BTreeMap<CheckpointId, f64>>,
 }
 
 impl Checkpoints {
@@ -64,6 +66,7 @@ impl Checkpoints {
             runtime,
             hook,
             verified: Mutex::default(),
+            eval_errors: Mutex::default(),
         };
         Self {
             inner: Arc::new(inner),
@@ -144,5 +147,17 @@ impl Inner {
     pub(crate) fn is_verified(&self, id: CheckpointId) -> bool {
         let verified = self.verified.lock().unwrap_or_else(PoisonError::into_inner);
         verified.contains(&id)
+    }
+
+    pub(crate) fn known_eval_error(&self, id: CheckpointId) -> Option<f64> {
+        let known = self.eval_errors.lock();
+        let known = known.unwrap_or_else(PoisonError::into_inner);
+        known.get(&id).copied()
+    }
+
+    pub(crate) fn note_eval_error(&self, id: CheckpointId, error: f64) {
+        let known = self.eval_errors.lock();
+        let mut known = known.unwrap_or_else(PoisonError::into_inner);
+        known.insert(id, error);
     }
 }

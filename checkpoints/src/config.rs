@@ -12,6 +12,8 @@ pub struct Config {
     pub keep_last: usize,
     /// Keeps those whose step is a multiple of this, for ever.
     pub keep_every: Option<u64>,
+    /// Keeps as many with the lowest held-out error, of those that were measured.
+    pub keep_best: usize,
     /// What is compared before a checkpoint is restored, and before an older one is deleted.
     pub verify: Verify,
 }
@@ -33,6 +35,7 @@ impl Default for Config {
             every_steps: 1000,
             keep_last: 3,
             keep_every: None,
+            keep_best: 0,
             verify: Verify::Full,
         }
     }

@@ -97,6 +97,17 @@ pub enum Error {
         /// What was asked for.
         what: String,
     },
+    /// The checkpoint is the one a restart needs.
+    #[error(
+        "step {step} of generation {generation} is the newest checkpoint that verifies: a restart \
+         needs it, so it is kept"
+    )]
+    Protected {
+        /// The step.
+        step: u64,
+        /// The generation.
+        generation: u64,
+    },
     /// The operating system gave no thread or no random bytes.
     #[error("the operating system failed: {source}")]
     System {
@@ -110,7 +121,7 @@ impl Error {
     pub fn class(&self) -> ErrorClass {
         match self {
             Self::Storage(error) => error.class(),
-            Self::Absent { .. } => ErrorClass::User,
+            Self::Absent { .. } | Self::Protected { .. } => ErrorClass::User,
             Self::GenerationTaken { .. } | Self::System { .. } => ErrorClass::Retryable,
             Self::Corrupt { .. } | Self::NothingVerifies { .. } => ErrorClass::Corrupt,
             Self::Fenced { .. } | Self::AlreadyPublished { .. } | Self::Incomplete { .. } => {

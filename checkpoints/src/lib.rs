@@ -15,9 +15,11 @@
 //! |---|---|
 //! | `checkpoints` | the handle: claims and what all methods share |
 //! | `config` | how often, how many, how hard to check |
+//! | `diff` | two checkpoints tensor by tensor |
 //! | `digest` | crc32c inline, sha256 on its own thread |
 //! | `error` | what went wrong and what to do |
 //! | `hook` | named stages, for tests that kill |
+//! | `inspect` | what there is, whether it is whole, deleting by hand |
 //! | `log` | the commit log and its fence |
 //! | `manifest` | what a checkpoint consists of |
 //! | `publish` | the commit |
@@ -40,7 +42,7 @@
 //! let head = ManifestHead {
 //!     step: 10, updates: 10, samples: 640, world_size: 1, config_hash: "c".into(),
 //!     recipe_hash: "r".into(), layout_hash: "l".into(), order_version: 1,
-//!     dataset_hashes: [].into(), gpu_hours_spent: 0.1, extra: serde_json::Value::Null,
+//!     dataset_hashes: [].into(), gpu_hours_spent: 0.1, eval_error: None, extra: serde_json::Value::Null,
 //! };
 //! checkpoints.publish(&claim, head, vec![file])?;
 //! let restored = checkpoints.newest()?.expect("one was published");
@@ -50,9 +52,11 @@
 
 mod checkpoints;
 mod config;
+mod diff;
 mod digest;
 mod error;
 mod hook;
+mod inspect;
 mod log;
 mod manifest;
 mod publish;
@@ -63,8 +67,10 @@ mod writer;
 
 pub use checkpoints::{Checkpoints, Published};
 pub use config::{Config, Verify};
+pub use diff::{Change, TensorDiff, diff};
 pub use error::{Error, Result, Skipped};
 pub use hook::StageFn;
+pub use inspect::{Listed, State};
 pub use log::Claim;
 pub use manifest::{
     CheckpointId, FileKind, FileRecord, FlatRecord, Manifest, ManifestHead, TensorRecord,

@@ -148,6 +148,9 @@ pub struct ManifestHead {
     pub dataset_hashes: BTreeMap<String, String>,
     /// GPU-hours spent so far.
     pub gpu_hours_spent: f64,
+    /// Held-out error of these weights, if it was measured; lower is better.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_error: Option<f64>,
     /// Whatever else the trainer wants back.
     #[serde(default)]
     pub extra: serde_json::Value,
@@ -378,6 +381,7 @@ mod tests {
             order_version: 1,
             dataset_hashes: BTreeMap::from([("bridge".into(), "h".into())]),
             gpu_hours_spent: 0.5,
+            eval_error: None,
             extra: serde_json::json!({"note": [1, 2]}),
         };
         Manifest::new(3, head, files)

@@ -6,9 +6,9 @@ use futures::stream::{StreamExt, TryStreamExt};
 
 use crate::checkpoints::{Inner, REQUESTS_AT_ONCE};
 use crate::config::{Config, Verify};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::log::{Claim, Entry, History, Kind, Publication};
-use crate::manifest::CheckpointId;
+use crate::manifest::{CheckpointId, Manifest};
 
 impl Inner {
     pub(crate) async fn retain(&self, claim: &Claim, config: &Config) -> Result<Vec<CheckpointId>> {
@@ -37,7 +37,10 @@ impl Inner {
                 .is_some_and(|every| every > 0 && id.step.is_multiple_of(every))
         };
         let mut candidates = history.live[..older].to_vec();
-        candidates.retain(|publication| !kept_for_ever(publication.id));
+        let best = self.best(history, config.keep_best).await?;
+        candidates.retain(|publication| {
+            !kept_for_ever(publication.id) && !best.contains(&publication.id)
+        });
         if candidates.is_empty() {
             return Ok(candidates);
         }
@@ -56,6 +59,36 @@ impl Inner {
         let older_than_anchor = &history.live[..anchor];
         candidates.retain(|publication| older_than_anchor.contains(publication));
         Ok(candidates)
+    }
+
+    /// Returns the `count` checkpoints with the lowest held-out error, as far as it was measured.
+    async fn best(&self, history: &History, count: usize) -> Result<Vec<CheckpointId>> {
+        let mut scored = Vec::new();
+        if count > 0 {
+            for publication in &history.live {
+                scored.push((self.eval_error(publication.id).await?, publication.id));
+            }
+        }
+        scored.retain(|(error, _)| error.is_finite());
+        scored.sort_by(|a, b| a.0.total_cmp(&b.0));
+        Ok(scored.into_iter().take(count).map(|(_, id)| id).collect())
+    }
+
+    /// Returns the held-out error in a MANIFEST, read once a process; infinite without one.
+    async fn eval_error(&self, id: CheckpointId) -> Result<f64> {
+        if let Some(known) = self.known_eval_error(id) {
+            return Ok(known);
+        }
+        let error = match self.storage.get(&id.manifest()).await {
+            Ok(json) => Manifest::parse(&json)
+                .ok()
+                .and_then(|manifest| manifest.head.eval_error)
+                .unwrap_or(f64::INFINITY),
+            Err(error) if error.is_not_found() => f64::INFINITY,
+            Err(error) => return Err(error.into()),
+        };
+        self.note_eval_error(id, error);
+        Ok(error)
     }
 
     async fn verifies(&self, publication: &Publication, verify: Verify) -> Result<bool> {
@@ -83,17 +116,59 @@ impl Inner {
                 doomed.entry(id).or_default().push(object.path);
             }
         }
-        for (id, mut paths) in doomed {
-            // The MANIFEST first: without it nobody mistakes the rest for a checkpoint.
-            paths.sort_by_key(|path| *path != id.manifest());
-            let (first, rest) = paths.split_at(1);
-            self.storage.delete(&first[0]).await?;
-            futures::stream::iter(rest)
-                .map(|path| self.storage.delete(path))
-                .buffer_unordered(REQUESTS_AT_ONCE)
-                .try_collect::<()>()
-                .await?;
+        for (id, paths) in doomed {
+            self.delete_files(id, paths).await?;
         }
         Ok(())
+    }
+
+    async fn delete_files(&self, id: CheckpointId, mut paths: Vec<String>) -> Result<()> {
+        // The MANIFEST first: without it nobody mistakes the rest for a checkpoint.
+        paths.sort_by_key(|path| *path != id.manifest());
+        let Some((first, rest)) = paths.split_first() else {
+            return Ok(());
+        };
+        self.storage.delete(first).await?;
+        futures::stream::iter(rest)
+            .map(|path| self.storage.delete(path))
+            .buffer_unordered(REQUESTS_AT_ONCE)
+            .try_collect::<()>()
+            .await?;
+        Ok(())
+    }
+
+    /// Deletes one published checkpoint on a person's request: see [`crate::Checkpoints::remove`].
+    pub(crate) async fn remove(&self, id: CheckpointId) -> Result<()> {
+        let history = self.log.read().await?;
+        let (Some(owner), Some(_)) = (history.owner.clone(), history.find(id)) else {
+            return Err(Error::Absent {
+                url: self.storage.url(),
+                what: format!("published checkpoint {id}"),
+            });
+        };
+        for publication in history.live.iter().rev() {
+            if self.verifies(publication, Verify::Full).await? {
+                if publication.id == id {
+                    return Err(Error::Protected {
+                        step: id.step,
+                        generation: id.generation,
+                    });
+                }
+                let kind = Kind::Delete {
+                    step: id.step,
+                    manifest: id.manifest(),
+                };
+                // In the name of the owner, who may be at work: this takes nothing over.
+                let entry = Entry::by(&owner, kind);
+                self.log.append(&entry, &self.hook, "delete entry").await?;
+                let listed = self.storage.list(&id.to_string()).await?;
+                let paths = listed.into_iter().map(|object| object.path).collect();
+                return self.delete_files(id, paths).await;
+            }
+        }
+        Err(Error::NothingVerifies {
+            url: self.storage.url(),
+            reasons: vec!["nothing was deleted".into()],
+        })
     }
 }

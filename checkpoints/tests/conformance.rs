@@ -7,16 +7,13 @@ mod places;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex};
 
-use places::{FLAT, Place, everywhere, flat, head, save, weight, write_rank};
+use places::{
+    Damage, FLAT, Place, damage, everywhere, flat, head, newest_step, save, weight, write_rank,
+};
 use pollen_checkpoints::{CheckpointId, Config, Error, FlatSlice, Verify};
 use pollen_core::ErrorClass;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, TestRunner};
-
-fn newest_step(place: &Place) -> Option<(u64, u64)> {
-    let restored = place.process().newest().unwrap();
-    restored.map(|restored| (restored.manifest.head.step, restored.manifest.generation))
-}
 
 #[test]
 fn what_was_published_is_restored() {
@@ -177,23 +174,6 @@ fn ranges_that_are_not_there_are_refused() {
         let error = process.read_file(&restored, "none.json").unwrap_err();
         assert_eq!(error.class(), ErrorClass::User);
     });
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Damage {
-    Flip,
-    Cut,
-    Delete,
-}
-
-fn damage(place: &Place, path: &str, kind: Damage) {
-    let mut bytes = place.get(path);
-    match kind {
-        Damage::Flip => *bytes.last_mut().unwrap() ^= 1,
-        Damage::Cut => bytes.truncate(bytes.len() / 2),
-        Damage::Delete => return place.delete(path),
-    }
-    place.put(path, bytes);
 }
 
 #[test]
@@ -498,6 +478,39 @@ fn the_last_checkpoint_that_verifies_is_never_deleted() {
         assert_eq!(newest_step(place), Some((20, 1)));
         damage(place, &format!("step-00000020/g1/{optim}"), Damage::Flip);
         assert!(place.process().retain(&claim, &config).unwrap().is_empty());
+    });
+}
+
+#[test]
+fn the_best_checkpoints_are_kept_also_by_a_process_that_did_not_write_them() {
+    everywhere(|place| {
+        let process = place.process();
+        let claim = process.claim(1).unwrap();
+        let errors = [
+            (10, Some(0.3)),
+            (20, Some(0.1)),
+            (30, None),
+            (40, Some(0.2)),
+        ];
+        for (step, eval_error) in errors {
+            let files = [0, 1].map(|rank| write_rank(&process, &claim, step, rank, 2));
+            let head = pollen_checkpoints::ManifestHead {
+                eval_error,
+                ..head(step, 2)
+            };
+            process.publish(&claim, head, files.concat()).unwrap();
+        }
+        let config = Config {
+            keep_last: 1,
+            keep_best: 1,
+            ..Config::default()
+        };
+        save(&process, &claim, 50).unwrap();
+        let other = place.process();
+        let claim = other.claim(2).unwrap();
+        let gone = other.retain(&claim, &config).unwrap();
+        let steps: Vec<u64> = gone.iter().map(|id| id.step).collect();
+        assert_eq!(steps, [10, 30, 40], "20 has the lowest error");
     });
 }
 

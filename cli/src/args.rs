@@ -29,6 +29,9 @@ pub(crate) enum Command {
     /// Shows the resolved configuration
     #[command(subcommand)]
     Config(ConfigCommand),
+    /// Lists, verifies, compares and deletes checkpoints
+    #[command(subcommand)]
+    Checkpoint(CheckpointCommand),
     /// Works on datasets
     #[command(subcommand)]
     Data(DataCommand),
@@ -79,6 +82,40 @@ pub(crate) struct WorkerArgs {
 pub(crate) enum ConfigCommand {
     /// Prints every value of a recipe with the file, variable or flag it came from
     Explain(RecipeArgs),
+}
+
+/// PLACE is a run's folder (runs/demo/20261124-050351-6809fa90), its object-store URL, or one
+/// checkpoint below it (s3://bucket/runs/demo/ID/checkpoints/step-00000600/g1).
+#[derive(Debug, Subcommand)]
+pub(crate) enum CheckpointCommand {
+    /// Lists a run's checkpoints: step, generation, size, age, state
+    Ls {
+        /// Run folder or URL
+        place: String,
+        /// Prints one JSON object a line
+        #[arg(long)]
+        json: bool,
+    },
+    /// Reads every byte and compares it with the checksums; exit code 93 if anything is damaged
+    Verify {
+        /// Run folder or URL: all published checkpoints; or the URL of one
+        place: String,
+    },
+    /// Compares the newest checkpoints of two places, or two checkpoints, tensor by tensor
+    Diff {
+        /// Run folder or URL
+        first: String,
+        /// Run folder or URL
+        second: String,
+        /// Prints one JSON object a tensor
+        #[arg(long)]
+        json: bool,
+    },
+    /// Deletes one checkpoint, first in the log, then its files; never the newest that verifies
+    Rm {
+        /// URL of the checkpoint, or run folder with /step-00000600/g1 at its end
+        place: String,
+    },
 }
 
 #[derive(Debug, Subcommand)]

@@ -1,5 +1,6 @@
 //! One module per command.
 
+pub(crate) mod checkpoint;
 pub(crate) mod config;
 pub(crate) mod convert;
 pub(crate) mod data;

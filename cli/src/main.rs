@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         Command::Launch(args) => commands::launch::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
         Command::Worker(args) => commands::worker::run(args),
+        Command::Checkpoint(args) => commands::checkpoint::run(&args),
         Command::Config(args) => commands::config::run(&args),
         Command::Data(args) => commands::data::run(&args),
         Command::Model(args) => commands::model::run(&args),

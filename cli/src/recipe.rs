@@ -33,7 +33,7 @@ pub(crate) struct Recipe {
 }
 
 /// Keys that do not make another run: how long it may go, what it may cost, where and how it runs.
-const NOT_IDENTITY: [&[&str]; 8] = [
+const NOT_IDENTITY: [&[&str]; 9] = [
     &["train", "steps"],
     &["budget"],
     &["launch"],
@@ -41,6 +41,7 @@ const NOT_IDENTITY: [&[&str]; 8] = [
     &["observe"],
     &["storage"],
     &["communicator"],
+    &["checkpoint"],
     &["eval"],
 ];
 

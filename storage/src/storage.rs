@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use futures::{Stream, TryStreamExt};
@@ -38,6 +38,8 @@ pub struct ObjectInfo {
     pub path: String,
     /// Size in bytes.
     pub size: u64,
+    /// When it was last written, by the store's clock.
+    pub modified: SystemTime,
 }
 
 /// A folder of objects. Clones and joins share the connection, the limits and the counters.
@@ -264,6 +266,7 @@ impl Storage {
                         found.push(ObjectInfo {
                             path: path.trim_start_matches('/').into(),
                             size: object.size,
+                            modified: object.last_modified.into(),
                         });
                     }
                 }

@@ -181,6 +181,10 @@ pub struct EvalConfig {
     pub frame_stride: usize,
     /// Samples of one forward pass.
     pub batch: usize,
+    /// Steps from one measurement to the next; without it only the end of a run is measured. A
+    /// checkpoint of a measured step carries its error, the mean over action spaces.
+    #[serde(default)]
+    pub every_steps: Option<u64>,
 }
 
 fn default_samples() -> usize {
@@ -260,6 +264,18 @@ impl RunConfig {
         .contains(&0)
         {
             faults.push("eval.* must be at least 1".into());
+        }
+        if eval.every_steps == Some(0) {
+            faults.push("eval.every_steps must be at least 1".into());
+        }
+        let (measured, saved) = (eval.every_steps.unwrap_or(0), self.checkpoint.every_steps);
+        if self.checkpoint.keep_best > 0
+            && (measured == 0 || !measured.is_multiple_of(saved.max(1)))
+        {
+            faults.push(format!(
+                "checkpoint.keep_best needs measured checkpoints: set eval.every_steps to a \
+                 multiple of checkpoint.every_steps = {saved}"
+            ));
         }
         if self.budget.max_gpu_hours <= 0.0 {
             faults.push("budget.max_gpu_hours must be positive".into());

@@ -24,6 +24,12 @@ struct Sums {
 }
 
 impl Trainer {
+    /// Returns the held-out error of the weights as they are, if it was measured.
+    pub(crate) fn eval_error(&self) -> Option<f64> {
+        let (step, error) = self.measured?;
+        (step == self.step).then_some(error)
+    }
+
     /// Samples `eval.samples` chunks for every `eval.frame_stride`-th held-out frame and returns
     /// the mean squared error of their mean, and of single ones, in normalised units by action
     /// space; the ranks share the work.
@@ -74,7 +80,7 @@ impl Trainer {
             .iter()
             .zip(&self.config.action_spaces)
             .zip(episodes);
-        Ok(rows
+        let errors: BTreeMap<String, SpaceError> = rows
             .filter(|((row, _), _)| row[0] > 0.0)
             .map(
                 |((&[entries, error, single_error, mean_error, chunks], space), episodes)| {
@@ -89,7 +95,12 @@ impl Trainer {
                     (space.name.clone(), result)
                 },
             )
-            .collect())
+            .collect();
+        if !errors.is_empty() {
+            let sum: f64 = errors.values().map(|space| space.error).sum();
+            self.measured = Some((self.step, sum / errors.len() as f64));
+        }
+        Ok(errors)
     }
 
     /// `draws` holds the sampled chunks, each `[B, H, A]`.

@@ -167,6 +167,7 @@ fn head(
         order_version: identity.order_version,
         dataset_hashes: identity.dataset_hashes,
         gpu_hours_spent,
+        eval_error: trainer.eval_error(),
         extra: serde_json::json!({
             "non_finite": trainer.non_finite,
             "bad_samples": trainer.bad_samples,

@@ -23,7 +23,7 @@ use crate::randomness::Randomness;
 use crate::recovery::{Connection, Identity, Recovery};
 use crate::signals::StopFlags;
 use crate::step::Trainer;
-use crate::training_loop::{Outcome, Session, skipped, train};
+use crate::training_loop::{Outcome, Session, evaluate, skipped, train};
 
 /// What a worker is told.
 #[derive(Clone, Debug)]
@@ -192,14 +192,8 @@ impl Worker {
         let mut trainer = self.trainer(data, mixture, layout, device, state)?;
         self.announce(&session, restored.as_ref(), &url, trainer.step)?;
         let outcome = train(&mut trainer, &mut session)?;
-        if outcome.exit == pollen_core::ExitCode::Done {
-            let spaces = trainer.evaluate()?;
-            if self.args.rank == 0 {
-                session.events.append(Event::Eval {
-                    step: trainer.step,
-                    spaces,
-                })?;
-            }
+        if outcome.exit == pollen_core::ExitCode::Done && trainer.eval_error().is_none() {
+            evaluate(&mut trainer, &session)?;
         }
         self.communicator.barrier()?;
         Ok(outcome)
@@ -290,6 +284,7 @@ impl Worker {
             timer: PhaseTimer::new(Arc::clone(&self.clock)),
             stop: self.stop.clone(),
             accumulation,
+            measured: None,
             over_budget: false,
             save_failed: false,
             prove_exchange: true,

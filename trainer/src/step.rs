@@ -128,6 +128,8 @@ pub struct Trainer {
     pub(crate) non_finite: u64,
     /// Samples that no rank could load.
     pub(crate) bad_samples: u64,
+    /// The step measured last on held-out episodes, and the mean error over action spaces.
+    pub(crate) measured: Option<(u64, f64)>,
     pub(crate) over_budget: bool,
     /// Whether this rank's part of a checkpoint could not be written.
     pub(crate) save_failed: bool,

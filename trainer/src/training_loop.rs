@@ -50,6 +50,10 @@ pub fn train(trainer: &mut Trainer, session: &mut Session) -> Result<Outcome, Er
             settle(trainer, session)?;
         }
         let stop = stop?;
+        let evaluation = trainer.config.eval.every_steps;
+        if stop.is_none() && evaluation.is_some_and(|every| trainer.step.is_multiple_of(every)) {
+            evaluate(trainer, session)?;
+        }
         if trainer.step.is_multiple_of(every) || trainer.step == steps || stop.is_some() {
             save(trainer, session)?;
         }
@@ -115,6 +119,18 @@ fn save(trainer: &mut Trainer, session: &mut Session) -> Result<(), Error> {
     trainer.timer.close();
     if trainer.communicator.rank() == 0 {
         session.events.append(session.budget.event(now))?;
+    }
+    Ok(())
+}
+
+/// Measures on held-out episodes with all ranks.
+pub(crate) fn evaluate(trainer: &mut Trainer, session: &Session) -> Result<(), Error> {
+    let spaces = trainer.evaluate()?;
+    if trainer.communicator.rank() == 0 {
+        session.events.append(Event::Eval {
+            step: trainer.step,
+            spaces,
+        })?;
     }
     Ok(())
 }

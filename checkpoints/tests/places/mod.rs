@@ -108,6 +108,7 @@ pub(crate) fn head(step: u64, world_size: u32) -> ManifestHead {
         order_version: 1,
         dataset_hashes: BTreeMap::from([("bridge".into(), "hash".into())]),
         gpu_hours_spent: 0.25,
+        eval_error: None,
         extra: serde_json::json!({"note": "x"}),
     }
 }
@@ -174,4 +175,26 @@ pub(crate) fn save(
     let mut files = write_rank(process, claim, step, 0, 2);
     files.extend(write_rank(process, claim, step, 1, 2));
     process.publish(claim, head(step, 2), files)
+}
+
+pub(crate) fn newest_step(place: &Place) -> Option<(u64, u64)> {
+    let restored = place.process().newest().unwrap();
+    restored.map(|restored| (restored.manifest.head.step, restored.manifest.generation))
+}
+
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Damage {
+    Flip,
+    Cut,
+    Delete,
+}
+
+pub(crate) fn damage(place: &Place, path: &str, kind: Damage) {
+    let mut bytes = place.get(path);
+    match kind {
+        Damage::Flip => *bytes.last_mut().unwrap() ^= 1,
+        Damage::Cut => bytes.truncate(bytes.len() / 2),
+        Damage::Delete => return place.delete(path),
+    }
+    place.put(path, bytes);
 }

@@ -124,7 +124,7 @@ fn say(text: &str) -> Result<()> {
 }
 
 /// Starts the demo's S3 server, or adopts the one that a killed launcher left.
-fn object_server(recipe: &Recipe, runs: &Path) -> Result<Option<ObjectServer>> {
+pub(crate) fn object_server(recipe: &Recipe, runs: &Path) -> Result<Option<ObjectServer>> {
     if recipe.launch.object_server == ObjectServerKind::None {
         return Ok(None);
     }
@@ -256,13 +256,7 @@ fn worker_command(
     variables: &[(String, String)],
 ) -> Result<WorkerCommand> {
     let program = std::env::current_exe().context("cannot find the pollen program itself")?;
-    let base = if recipe.run.url.is_empty() {
-        let folder = std::path::absolute(runs).context("cannot resolve --runs")?;
-        format!("file://{}", folder.display())
-    } else {
-        recipe.run.url.trim_end_matches('/').to_owned()
-    };
-    let url = format!("{base}/{}/{}", recipe.config.name, run.id());
+    let url = run_url(recipe, runs, run.id())?;
     let args = [
         "worker".into(),
         "--config".into(),
@@ -291,6 +285,17 @@ fn worker_command(
         env,
         env_remove,
     })
+}
+
+/// Returns the object-store folder of a run.
+pub(crate) fn run_url(recipe: &Recipe, runs: &Path, run_id: &str) -> Result<String> {
+    let base = if recipe.run.url.is_empty() {
+        let folder = std::path::absolute(runs).context("cannot resolve the folder of runs")?;
+        format!("file://{}", folder.display())
+    } else {
+        recipe.run.url.trim_end_matches('/').to_owned()
+    };
+    Ok(format!("{base}/{}/{run_id}", recipe.config.name))
 }
 
 fn next_commands(recipe: &Recipe, exit: ExitCode) -> Vec<NextCommand> {
