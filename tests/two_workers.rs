@@ -4,7 +4,7 @@
 
 mod lab;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use lab::{Finished, Lab, NO_DROPOUT, is_alive, list, saved_steps, wait_for, wait_for_mark};
 use pollen_observe::Event;
@@ -37,17 +37,6 @@ fn assert_exchanged(run: &Finished, workers: usize) {
         "{own:?} {reduced:?}"
     );
     assert!(own.is_disjoint(&reduced));
-}
-
-/// Sample ids by step, as gathered from the real loaders.
-fn audits(run: &Finished) -> BTreeMap<u64, Vec<u64>> {
-    let mut audits = BTreeMap::new();
-    for record in run.events() {
-        if let Event::SampleAudit { step, samples } = record.event {
-            audits.insert(step, samples);
-        }
-    }
-    audits
 }
 
 #[test]
@@ -105,7 +94,7 @@ fn two_workers_become_one_with_the_same_samples_and_losses() {
     run("changed", 2, "train.steps=4");
     let changed = run("changed", 1, "train.steps=24");
     assert_eq!(changed.restores(), [4]);
-    let (want, got) = (audits(&calm), audits(&changed));
+    let (want, got) = (calm.audits(), changed.audits());
     assert_eq!(want.len(), 24);
     assert_eq!(got, want, "the loaders delivered the same samples");
     let want = calm.losses();

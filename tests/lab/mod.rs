@@ -374,18 +374,31 @@ impl Finished {
 
     /// The newest MANIFEST of `step`.
     pub fn manifest(&self, lab: &Lab, step: u64) -> serde_json::Value {
+        let url = self.checkpoint_url(step);
+        serde_json::from_slice(&fetch(lab, &format!("{url}/MANIFEST.json"))).unwrap()
+    }
+
+    /// Where the newest checkpoint of `step` lies.
+    pub fn checkpoint_url(&self, step: u64) -> String {
         let events = self.events();
-        let url = events
-            .iter()
-            .rev()
-            .find_map(|record| match &record.event {
-                Event::Checkpoint {
-                    step: saved, url, ..
-                } if *saved == step => Some(url.clone()),
+        let url = events.iter().rev().find_map(|record| match &record.event {
+            Event::Checkpoint {
+                step: saved, url, ..
+            } if *saved == step => Some(url.clone()),
+            _ => None,
+        });
+        url.unwrap_or_else(|| panic!("no checkpoint of step {step}"))
+    }
+
+    /// Sample ids by step, as gathered from the real loaders.
+    pub fn audits(&self) -> BTreeMap<u64, Vec<u64>> {
+        let audits = self.events().into_iter();
+        audits
+            .filter_map(|record| match record.event {
+                Event::SampleAudit { step, samples } => Some((step, samples)),
                 _ => None,
             })
-            .unwrap_or_else(|| panic!("no checkpoint of step {step}"));
-        serde_json::from_slice(&fetch(lab, &format!("{url}/MANIFEST.json"))).unwrap()
+            .collect()
     }
 }
 

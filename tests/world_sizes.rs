@@ -1,0 +1,205 @@
+//! Any number of workers computes the same gradients, takes the same samples and resumes from what
+//! any other number saved. Real processes over Gloo; no dropout, which depends on the rank.
+
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod lab;
+
+use std::collections::BTreeMap;
+
+use lab::{Finished, Lab, NO_DROPOUT, fetch};
+use pollen_checkpoints::{CheckpointId, Checkpoints, Restored};
+use pollen_observe::Event;
+use pollen_storage::{Silent, Storage, StorageConfig};
+use pollen_trainer::RunConfig;
+use pollen_trainer::layout::{Entry, Layout};
+
+/// 12 micro-batches: 1, 2, 3, 4, 6 or 12 workers share them evenly.
+const BATCH: &[&str] = &["train.global_batch=24", "train.micro_batch=2"];
+
+fn launch(lab: &Lab, name: &str, workers: u32, sets: &[&str]) -> Finished {
+    lab.launch(name, workers)
+        .set(NO_DROPOUT)
+        .set(BATCH)
+        .set(&["train.clip_norm=1e9", "checkpoint.keep_last=100"])
+        .set(sets)
+        .run()
+        .expect(0)
+}
+
+/// What one checkpoint says of every trained tensor.
+struct Saved {
+    layout: Layout,
+    exp_avg: Vec<f32>,
+    exp_avg_sq: Vec<f32>,
+}
+
+fn saved(lab: &Lab, run: &Finished, step: u64) -> Saved {
+    let url = run.checkpoint_url(step);
+    let manifest = fetch(lab, &format!("{url}/MANIFEST.json"));
+    let manifest: pollen_checkpoints::Manifest = serde_json::from_slice(&manifest).unwrap();
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (base, _) = url.split_once("/step-").unwrap();
+    let storage = Storage::open(base, &StorageConfig::default(), std::sync::Arc::new(Silent));
+    let checkpoints = Checkpoints::new(storage.unwrap(), runtime.handle().clone());
+    let id: CheckpointId = manifest.id();
+    let restored: Restored = checkpoints.open(id).unwrap().unwrap();
+    let config = std::fs::read_to_string(run.run_dir().join("config.toml")).unwrap();
+    let mut config: toml::Table = config.parse().unwrap();
+    for section in ["launch", "run"] {
+        config.remove(section);
+    }
+    let config: RunConfig = config.try_into().unwrap();
+    let table = config.model.parameter_table(&config.action_spaces).unwrap();
+    let trained = table.iter().filter(|spec| spec.trained);
+    let trained = trained.map(|spec| (spec.name.clone(), spec.shape.clone()));
+    let layout = Layout::new(trained, &config.train.optimizer, 1 << 20);
+    assert_eq!(
+        layout.hash(),
+        manifest.head.layout_hash,
+        "the offsets are those of the run"
+    );
+    let read = |name| {
+        let len = layout.len() as u64;
+        checkpoints.read_flat(&restored, name, 0..len).unwrap()
+    };
+    Saved {
+        exp_avg: read("exp_avg"),
+        exp_avg_sq: read("exp_avg_sq"),
+        layout,
+    }
+}
+
+fn norm(values: impl Iterator<Item = f64>) -> f64 {
+    values.map(|x| x * x).sum::<f64>().sqrt()
+}
+
+/// Asserts that each tensor's values agree to a relative L2 of `bound`; tensors below a millionth
+/// of the whole are rounding alone, such as the moments of a key's bias, and are measured by that.
+#[track_caller]
+fn assert_close(what: &str, layout: &Layout, got: &[f32], want: &[f32], bound: f64) {
+    let rounding = 1e-6 * norm(want.iter().map(|&x| f64::from(x)));
+    for entry in layout.entries() {
+        let (got, want) = (&got[entry.range()], &want[entry.range()]);
+        let pairs = got.iter().zip(want);
+        let error = norm(pairs.map(|(&a, &b)| f64::from(a) - f64::from(b)));
+        let size = norm(want.iter().map(|&x| f64::from(x)));
+        assert!(
+            error <= bound * size.max(rounding),
+            "{what}: {}: {error:e} of {size:e}",
+            entry.name
+        );
+    }
+}
+
+#[test]
+fn gradients_are_those_of_one_process() {
+    let lab = Lab::folder();
+    // After the first update the first moment is the gradient times 1 - beta1, to the bit.
+    let sets = ["train.steps=1", "checkpoint.every_steps=1"];
+    let one = launch(&lab, "w1", 1, &sets);
+    let spaces: Vec<String> = one
+        .events()
+        .into_iter()
+        .filter_map(|record| match record.event {
+            Event::Step(step) => Some(step.datasets),
+            _ => None,
+        })
+        .flat_map(BTreeMap::into_keys)
+        .collect();
+    assert!(
+        spaces.len() >= 2,
+        "datasets of several action spaces: {spaces:?}"
+    );
+    let want = saved(&lab, &one, 1);
+    let moving = |entry: &&Entry| want.exp_avg[entry.range()].iter().any(|&g| g != 0.0);
+    for space in ["eef_delta", "bimanual_eef_delta"] {
+        let mut entries = want.layout.entries().iter().filter(moving);
+        assert!(
+            entries.any(|entry| entry.action_space() == Some(space)),
+            "{space} has gradients"
+        );
+    }
+    for workers in [2, 3, 4] {
+        let run = launch(&lab, &format!("w{workers}"), workers, &sets);
+        let got = saved(&lab, &run, 1);
+        let what = format!("{workers} workers");
+        assert_close(&what, &want.layout, &got.exp_avg, &want.exp_avg, 1e-5);
+    }
+}
+
+#[test]
+fn twenty_steps_have_the_same_losses() {
+    let lab = Lab::folder();
+    let sets = ["train.steps=20", "checkpoint.every_steps=20"];
+    let want = launch(&lab, "w1", 1, &sets).losses();
+    assert_eq!(want.len(), 20);
+    for workers in [2, 4] {
+        let losses = launch(&lab, &format!("w{workers}"), workers, &sets).losses();
+        assert_losses(&format!("{workers} workers"), &losses, &want);
+    }
+}
+
+#[track_caller]
+fn assert_losses(what: &str, got: &BTreeMap<u64, f64>, want: &BTreeMap<u64, f64>) {
+    assert!(got.keys().eq(want.keys()), "{what}");
+    for (step, loss) in got {
+        let difference = (loss - want[step]).abs() / want[step];
+        assert!(difference < 1e-4, "{what}, step {step}: {difference:e}");
+    }
+}
+
+#[test]
+fn four_workers_become_two_and_then_three() {
+    let lab = Lab::folder();
+    let calm = launch(
+        &lab,
+        "calm",
+        4,
+        &["train.steps=12", "checkpoint.every_steps=4"],
+    );
+    let mut run = None;
+    for (workers, steps) in [(4, 4), (2, 8), (3, 12)] {
+        let steps = format!("train.steps={steps}");
+        run = Some(launch(
+            &lab,
+            "changed",
+            workers,
+            &[&steps, "checkpoint.every_steps=4"],
+        ));
+    }
+    let run = run.unwrap();
+    assert_eq!(run.restores(), [4, 8]);
+    assert_eq!(
+        run.audits(),
+        calm.audits(),
+        "the same samples in the same order"
+    );
+    assert_eq!(run.audits().len(), 12);
+    assert_losses("changed", &run.losses(), &calm.losses());
+    for (step, world_size) in [(4, 4), (8, 2), (12, 3)] {
+        let (got, want) = (saved(&lab, &run, step), saved(&lab, &calm, step));
+        assert_eq!(run.manifest(&lab, step)["world_size"], world_size);
+        let what = format!("step {step}");
+        assert_close(&what, &want.layout, &got.exp_avg, &want.exp_avg, 1e-3);
+        assert_close(&what, &want.layout, &got.exp_avg_sq, &want.exp_avg_sq, 1e-3);
+    }
+}
+
+#[test]
+fn a_number_of_workers_that_does_not_fit_is_refused_with_those_that_do() {
+    let lab = Lab::folder();
+    launch(&lab, "refused", 2, &["train.steps=2"]);
+    let refused = lab
+        .launch("refused", 5)
+        .set(NO_DROPOUT)
+        .set(BATCH)
+        .set(&["train.clip_norm=1e9", "train.steps=4"])
+        .run()
+        .expect(2);
+    assert!(
+        refused.stderr.contains("1, 2, 3, 4, 6, 12"),
+        "{}",
+        refused.stderr
+    );
+}
