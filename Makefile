@@ -15,7 +15,7 @@ POLLEN := $(TARGET)/debug/pollen
 OVERRIDES := $(foreach pair,$(SET),--set '$(pair)') $(if $(STEPS),--set train.steps=$(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build pretrain plan test lint fmt demo-data
+.PHONY: help setup build pretrain plan test test-interop lint fmt demo-data
 
 help: ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -35,6 +35,9 @@ plan: build ## Prints what RECIPE would do and cost, without starting it
 
 test: setup ## Runs all tests: units, golden vectors, two workers killed and resumed
 	@$(CARGO) test --locked --workspace --features pollen-cli/faults
+
+test-interop: setup build ## Opens what Pollen writes with the real Python packages (downloads gigabytes)
+	@scripts/test-interop-lerobot.sh $(POLLEN)
 
 lint: ## Checks formatting, lints, documentation and the repository's own rules
 	@$(CARGO) fmt --all --check
