@@ -37,6 +37,37 @@ fn a_killed_worker_is_restarted_and_the_weights_are_the_same() {
 }
 
 #[test]
+fn averaged_weights_are_saved_restored_and_evaluated() {
+    let lab = Lab::folder();
+    let plain = lab.launch("plain", 1).run().expect(0);
+    let ema = &["train.ema={}"];
+    let calm = lab.launch("calm", 1).set(ema).run().expect(0);
+    let want = calm.state_hashes(&lab, STEPS);
+    let fault = "kill@generation=1,step=5,place=optimizer";
+    let killed = lab
+        .launch("killed", 1)
+        .set(ema)
+        .fault(fault)
+        .run()
+        .expect(0);
+    assert_resumed(&killed.restores(), 5);
+    assert_eq!(killed.state_hashes(&lab, STEPS), want);
+    assert_eq!(killed.evaluation(), calm.evaluation());
+
+    let without = plain.state_hashes(&lab, STEPS);
+    let same = |name: &String| want.get(name) == without.get(name);
+    let names: Vec<&String> = want.keys().filter(|name| !same(name)).collect();
+    assert_eq!(
+        names,
+        ["ema-00001-of-00001.safetensors"],
+        "averaging changes no weight"
+    );
+    let model = &want["model-00001-of-00001.safetensors"];
+    assert_ne!(&want["ema-00001-of-00001.safetensors"], model);
+    assert_ne!(calm.evaluation(), plain.evaluation());
+}
+
+#[test]
 fn a_kill_inside_a_checkpoint_loses_nothing() {
     let lab = Lab::folder();
     let want = lab

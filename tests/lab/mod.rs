@@ -338,6 +338,17 @@ impl Finished {
             .collect()
     }
 
+    /// What the last evaluation found, by action space.
+    #[track_caller]
+    pub fn evaluation(&self) -> serde_json::Value {
+        let events = self.events();
+        let spaces = events.iter().rev().find_map(|record| match &record.event {
+            Event::Eval { spaces, .. } => Some(serde_json::to_value(spaces).unwrap()),
+            _ => None,
+        });
+        spaces.expect("a complete run ends with an evaluation")
+    }
+
     /// Loss by step; a step done twice must have the same loss.
     #[track_caller]
     pub fn losses(&self) -> BTreeMap<u64, f64> {

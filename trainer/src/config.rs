@@ -4,7 +4,7 @@ use pollen_core::ActionSpace;
 use pollen_model::FlowerConfig;
 use serde::{Deserialize, Serialize};
 
-use crate::schedule::Schedule;
+use crate::schedule::{EmaConfig, Schedule};
 
 /// A complete run.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -66,6 +66,10 @@ pub struct TrainConfig {
     /// sample of the global batch exactly once.
     #[serde(default = "default_audit")]
     pub audit_steps: u64,
+    /// Averages of the weights, which are evaluated and saved beside the weights themselves.
+    /// Without it there are none.
+    #[serde(default)]
+    pub ema: Option<EmaConfig>,
     /// AdamW for the two groups.
     pub optimizer: OptimizerConfig,
 }
@@ -241,6 +245,7 @@ impl RunConfig {
                 "train.steps, train.global_batch and train.micro_batch must be at least 1".into(),
             );
         }
+        faults.extend(train.ema.iter().flat_map(EmaConfig::faults));
         for group in [Group::Head, Group::Vlm] {
             let settings = train.optimizer.group(group);
             let key = format!("train.optimizer.{}", group.name());

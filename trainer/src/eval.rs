@@ -38,7 +38,7 @@ impl Trainer {
     /// one misses the other by twice its variance, so that even a perfect policy's single samples
     /// can lie further from a demonstration than its mean.
     ///
-    /// Entries count as they do in the training loss.
+    /// With `train.ema` it is the averaged weights that are measured. Entries count as they do in the training loss.
     pub fn evaluate(&mut self) -> Result<BTreeMap<String, SpaceError>, Error> {
         self.timer.enter(Phase::Eval);
         let spaces = self.config.action_spaces.len();
@@ -54,7 +54,10 @@ impl Trainer {
         let share = |&(index, _): &(u64, SampleRef)| index as u32 % world == rank;
         let own = held_out.into_iter().filter(share).collect();
         let batches = HoldoutLoader::start(Arc::clone(&self.data), own, eval.batch, &self.runtime);
-        let model = self.model.clone().valid();
+        let model = match &self.ema {
+            Some(ema) => ema.model(&self.model, &self.layout).valid(),
+            None => self.model.clone().valid(),
+        };
         let inputs = self.batches.without_autodiff();
         for host in batches {
             let host = host?;

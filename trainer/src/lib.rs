@@ -15,6 +15,7 @@
 //! | [`data_parallel`] | flat gradients, summed over ranks |
 //! | [`layout`] | where each parameter lies in the flat state |
 //! | [`optim`], [`clip`], [`schedule`] | AdamW, the global norm, learning rates and EMA decay |
+//! | `ema` | averaged weights |
 //! | [`recovery`] | what is saved and restored with all ranks |
 //! | `saving` | writing it beside the training |
 //! | [`eval`] | error of sampled actions on held-out episodes |
@@ -33,6 +34,7 @@ pub mod batch;
 pub mod clip;
 pub mod config;
 pub mod data_parallel;
+mod ema;
 pub mod error;
 pub mod eval;
 mod faults;

@@ -193,11 +193,6 @@ impl Rule {
     }
 }
 
-/// Exponential moving average: `ema - (1 - decay) (ema - weights)`.
-pub fn ema_update(ema: Tensor<1>, weights: Tensor<1>, decay: f64) -> Tensor<1> {
-    ema.clone() - (ema - weights) * (1.0 - decay)
-}
-
 /// Copies a tensor to host memory.
 pub fn host(tensor: Tensor<1>) -> Vec<f32> {
     tensor
@@ -210,7 +205,9 @@ pub fn host(tensor: Tensor<1>) -> Vec<f32> {
 mod tests {
     use super::*;
     use crate::clip;
+    use crate::ema::Ema;
     use crate::golden::Golden;
+    use crate::schedule::EmaConfig;
 
     fn relative_l2(got: &[f32], want: &[f32]) -> f64 {
         let squares = |values: &mut dyn Iterator<Item = f64>| values.map(|x| x * x).sum::<f64>();
@@ -284,15 +281,12 @@ mod tests {
             }
         };
         let rates = golden.f64s("input.lr");
-        let ema_config: crate::schedule::EmaConfig = crate::schedule::EmaConfig {
-            inv_gamma: 1.0,
-            power: 2.0 / 3.0,
-            min: 0.0,
-            max: 0.9999,
-        };
         let mut adam = AdamW::new(&layout, &device);
         let mut parameters = flat("input.param.");
-        let mut ema = parameters.clone();
+        let mut ema = Ema {
+            config: EmaConfig::default(),
+            buckets: parameters.clone(),
+        };
         let mut seen = Vec::new();
         for (k, &rate) in rates.iter().enumerate() {
             let gradients = flat(&format!("input.grad.{k}."));
@@ -301,14 +295,13 @@ mod tests {
                 let old = parameters[index].clone();
                 parameters[index] =
                     adam.update_bucket(&layout, index, old, gradient, (rate, &optimizer), |_| true);
-                let decay = ema_config.decay(k as u64 + 1);
-                ema[index] = ema_update(ema[index].clone(), parameters[index].clone(), decay);
+                ema.update(index, parameters[index].clone(), adam.updates());
             }
             check(&format!("param.{}.", k + 1), &parameters, &mut seen);
         }
         check("exp_avg.", &adam.exp_avg, &mut seen);
         check("exp_avg_sq.", &adam.exp_avg_sq, &mut seen);
-        check("ema.", &ema, &mut seen);
+        check("ema.", &ema.buckets, &mut seen);
         let last = flat(&format!("input.grad.{}.", rates.len() - 1));
         let norm = clip::norm(last.iter().map(|bucket| host(bucket.clone())));
         let want = f64::from(golden.f32s("output.clip_total_norm")[0]);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use burn::tensor::Tensor;
 use pollen_checkpoints::{Checkpoints, Claim, ManifestHead, Restored};
 use pollen_collectives::{Deadline, Store};
 use pollen_core::Clock;
@@ -11,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::optim::host;
-use crate::saving::{Place, Saver, Snapshot};
+use crate::saving::{NamedTensor, Place, Saver, Snapshot};
 use crate::step::Trainer;
 
 /// A run's checkpoints as one rank of one generation uses them.
@@ -132,7 +133,11 @@ impl Recovery {
         let (rank, world_size) = (saver.place().rank, saver.place().world_size);
         saver.save(|| Snapshot {
             head: head(trainer, identity, world_size, gpu_hours_spent),
-            weights: own_tensors(trainer, rank, world_size),
+            weights: own_tensors(trainer, trainer.model.flat_parameters(), (rank, world_size)),
+            averages: trainer.ema.as_ref().map(|ema| {
+                let averages = ema.flat_parameters(&trainer.model, &trainer.layout);
+                own_tensors(trainer, averages, (rank, world_size))
+            }),
             moments: own_moments(trainer, rank, world_size),
             flat_len: trainer.layout.len(),
         })
@@ -175,12 +180,13 @@ fn head(
     }
 }
 
-/// Returns the whole tensors that this rank writes: an even share of the bytes, by name order.
+/// Returns the tensors that this rank writes of `values`, one a parameter: an even share of the
+/// bytes, by name order.
 fn own_tensors(
     trainer: &Trainer,
-    rank: u32,
-    world_size: u32,
-) -> Vec<(String, Vec<usize>, Vec<f32>)> {
+    values: Vec<(String, Tensor<1>)>,
+    (rank, world_size): (u32, u32),
+) -> Vec<NamedTensor> {
     let infos = trainer.model.parameters();
     let total: usize = infos
         .iter()
@@ -188,7 +194,7 @@ fn own_tensors(
         .sum();
     let mut before = 0;
     let mut own = Vec::new();
-    for (info, (name, values)) in infos.into_iter().zip(trainer.model.flat_parameters()) {
+    for (info, (name, values)) in infos.into_iter().zip(values) {
         let owner = before as u64 * u64::from(world_size) / total.max(1) as u64;
         before += info.shape.iter().product::<usize>();
         if owner == u64::from(rank) {

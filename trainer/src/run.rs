@@ -15,12 +15,14 @@ use pollen_storage::{Observer, Recovered, Retry, Storage};
 
 use crate::batch::BatchBuilder;
 use crate::config::RunConfig;
+use crate::ema::Ema;
 use crate::error::Error;
 use crate::layout::Layout;
 use crate::optim::AdamW;
 use crate::phases::PhaseTimer;
 use crate::randomness::Randomness;
 use crate::recovery::{Connection, Identity, Recovery};
+use crate::schedule::EmaConfig;
 use crate::signals::StopFlags;
 use crate::step::Trainer;
 use crate::training_loop::{Outcome, Session, evaluate, skipped, train};
@@ -177,7 +179,14 @@ impl Worker {
         if let Some(restored) = &restored {
             recovery.check(restored, self.args.accept_new_data)?;
         }
-        let state = State::load(model, &layout, &device, &recovery, restored.as_ref())?;
+        let state = State::load(
+            model,
+            config.train.ema.as_ref(),
+            &layout,
+            &device,
+            &recovery,
+            restored.as_ref(),
+        )?;
         let spent = restored
             .as_ref()
             .map_or(0.0, |r| r.manifest.head.gpu_hours_spent);
@@ -269,6 +278,7 @@ impl Worker {
             },
             model: state.model,
             optimizer: state.optimizer,
+            ema: state.ema,
             step: state.step,
             non_finite: state.non_finite,
             bad_samples: state.bad_samples,
@@ -348,6 +358,7 @@ fn layout_of(model: &Flower, config: &RunConfig) -> Layout {
 struct State {
     model: Flower,
     optimizer: AdamW,
+    ema: Option<Ema>,
     step: u64,
     non_finite: u64,
     bad_samples: u64,
@@ -356,6 +367,7 @@ struct State {
 impl State {
     fn load(
         model: Flower,
+        ema: Option<&EmaConfig>,
         layout: &Layout,
         device: &Device,
         recovery: &Recovery,
@@ -364,6 +376,7 @@ impl State {
         let plain = device.clone().inner();
         let Some(restored) = restored else {
             return Ok(Self {
+                ema: ema.map(|ema| Ema::new(ema.clone(), &model, layout)),
                 model,
                 optimizer: AdamW::new(layout, &plain),
                 step: 0,
@@ -405,10 +418,24 @@ impl State {
         let optimizer = AdamW::restore(layout, &plain, head.updates, |name, range| {
             recovery.checkpoints().read_flat(restored, name, range)
         })?;
+        let ema = ema
+            .map(|ema| {
+                let averages = recovery.checkpoints().read_ema(restored)?;
+                Ema::restore(ema.clone(), layout, averages, &plain).map_err(|name| {
+                    Error::Mismatch {
+                        step: head.step,
+                        reason: format!(
+                            "it has no averaged weights for `{name}`; remove train.ema, or                              restore the recipe that wrote it"
+                        ),
+                    }
+                })
+            })
+            .transpose()?;
         let counted = |key: &str| head.extra[key].as_u64().unwrap_or(0);
         Ok(Self {
             model,
             optimizer,
+            ema,
             step: head.step,
             non_finite: counted("non_finite"),
             bad_samples: counted("bad_samples"),

@@ -40,13 +40,18 @@ pub(crate) struct Place {
     pub(crate) clock: Arc<dyn Clock>,
 }
 
+/// Name, shape and values of a whole tensor.
+pub(crate) type NamedTensor = (String, Vec<usize>, Vec<f32>);
+
 /// One rank's part of a checkpoint, copied to host memory: the training may go on and change what
 /// it was copied from.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     pub(crate) head: ManifestHead,
-    /// Whole tensors: name, shape, values.
-    pub(crate) weights: Vec<(String, Vec<usize>, Vec<f32>)>,
+    /// Whole tensors.
+    pub(crate) weights: Vec<NamedTensor>,
+    /// The averaged weights of the same tensors, if there are any.
+    pub(crate) averages: Option<Vec<NamedTensor>>,
     /// Ranges of the optimizer's flat arrays: name, first element, values.
     pub(crate) moments: Vec<(&'static str, usize, Vec<f32>)>,
     /// Length of each flat array.
@@ -174,15 +179,6 @@ impl Place {
         let writer =
             self.checkpoints
                 .writer(&self.claim, snapshot.head.step, self.rank, self.world_size);
-        let weights: Vec<TensorSlice<'_>> = snapshot
-            .weights
-            .iter()
-            .map(|(name, shape, values)| TensorSlice {
-                name: name.clone(),
-                shape: shape.clone(),
-                values: Values::F32(values),
-            })
-            .collect();
         let moments: Vec<FlatSlice<'_>> = snapshot
             .moments
             .iter()
@@ -193,12 +189,29 @@ impl Place {
                 values,
             })
             .collect();
-        let mut files = vec![writer.write_model(&weights)?, writer.write_flat(&moments)?];
+        let mut files = vec![
+            writer.write_model(&slices(&snapshot.weights))?,
+            writer.write_flat(&moments)?,
+        ];
+        if let Some(averages) = &snapshot.averages {
+            files.push(writer.write_ema(&slices(averages))?);
+        }
         if self.rank == 0 {
             files.push(writer.write_file("contract.json", self.contract.clone().into())?);
         }
         Ok(files)
     }
+}
+
+fn slices(tensors: &[NamedTensor]) -> Vec<TensorSlice<'_>> {
+    tensors
+        .iter()
+        .map(|(name, shape, values)| TensorSlice {
+            name: name.clone(),
+            shape: shape.clone(),
+            values: Values::F32(values),
+        })
+        .collect()
 }
 
 /// Returns the files of all ranks, or which rank could not write its part and why.

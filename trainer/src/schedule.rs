@@ -112,19 +112,31 @@ impl Schedule {
     }
 }
 
-/// Exponential moving average of the weights, decayed as the reference's finetuning does
-/// (`flower` finetuning code: 1 - (1 + n / inv_gamma)^-power, clipped).
+/// Exponential moving average of the weights, decayed as the reference's finetuning does:
+/// 1 - (1 + n / inv_gamma)^-power after n + 1 updates, kept in [min, max]. The defaults are the
+/// reference's.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, default)]
 pub struct EmaConfig {
-    /// Time scale of the warm-up of the decay.
+    /// Time scale of the warm-up of the decay, in updates; 1.
     pub inv_gamma: f64,
-    /// Exponent of the warm-up.
+    /// Exponent of the warm-up; 2/3.
     pub power: f64,
-    /// Smallest decay.
+    /// Smallest decay; 0.
     pub min: f64,
-    /// Largest decay.
+    /// Largest decay; 0.9999.
     pub max: f64,
+}
+
+impl Default for EmaConfig {
+    fn default() -> Self {
+        Self {
+            inv_gamma: 1.0,
+            power: 2.0 / 3.0,
+            min: 0.0,
+            max: 0.9999,
+        }
+    }
 }
 
 impl EmaConfig {
@@ -132,6 +144,22 @@ impl EmaConfig {
     pub fn decay(&self, step: u64) -> f64 {
         let n = step.saturating_sub(1) as f64;
         (1.0 - (1.0 + n / self.inv_gamma).powf(-self.power)).clamp(self.min, self.max)
+    }
+
+    /// Returns every fault of the numbers.
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        let is_positive = |x: f64| x.is_finite() && x > 0.0;
+        if !is_positive(self.inv_gamma) || !is_positive(self.power) {
+            faults.push("train.ema.inv_gamma and train.ema.power must be positive".into());
+        }
+        if !(0.0 <= self.min && self.min <= self.max && self.max < 1.0) {
+            faults.push(format!(
+                "train.ema needs 0 <= min <= max < 1, not min = {} and max = {}",
+                self.min, self.max
+            ));
+        }
+        faults
     }
 }
 
@@ -210,6 +238,17 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn averages_that_cannot_be_are_refused() {
+        assert!(EmaConfig::default().faults().is_empty());
+        let broken = EmaConfig {
+            inv_gamma: f64::NAN,
+            max: 1.0,
+            ..EmaConfig::default()
+        };
+        assert_eq!(broken.faults().len(), 2, "{:?}", broken.faults());
     }
 
     #[test]

@@ -11,6 +11,7 @@ use crate::batch::BatchBuilder;
 use crate::clip;
 use crate::config::{Group, RunConfig};
 use crate::data_parallel::{Gradients, sum_f64, to_device};
+use crate::ema::Ema;
 use crate::error::Error;
 use crate::layout::{Entry, Layout};
 use crate::optim::AdamW;
@@ -110,6 +111,7 @@ pub struct Trainer {
     pub(crate) model: Flower,
     pub(crate) layout: Layout,
     pub(crate) optimizer: AdamW,
+    pub(crate) ema: Option<Ema>,
     pub(crate) data: Arc<Data>,
     pub(crate) mixture: Arc<Mixture>,
     /// Mean action chunk of each action space over the training data, `[H, A]`.
@@ -309,14 +311,18 @@ impl Trainer {
                 gradient = gradient * factor;
             }
             values.update(&self.layout, index, |weights| {
-                self.optimizer.update_bucket(
+                let weights = self.optimizer.update_bucket(
                     &self.layout,
                     index,
                     weights,
                     gradient,
                     (rate, &self.config.train.optimizer),
                     active,
-                )
+                );
+                if let Some(ema) = &mut self.ema {
+                    ema.update(index, weights.clone(), self.optimizer.updates());
+                }
+                weights
             });
         }
         self.model = values.into_model(self.model.clone());
