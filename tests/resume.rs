@@ -36,6 +36,35 @@ fn a_killed_worker_is_restarted_and_the_weights_are_the_same() {
     }
 }
 
+/// A frozen encoder has weights in the checkpoint and no optimizer state, and the ablations have
+/// other tensors than the published model.
+#[test]
+fn a_run_with_the_switches_of_the_ablations_resumes() {
+    let lab = Lab::folder();
+    let switches = [
+        "model.frozen=[\"vlm.\"]",
+        "model.flow.modulation=adaln_zero",
+        "model.flow.layers=2",
+        "model.proprioception=false",
+        "model.num_cameras=1",
+        "data.cameras=[\"primary\"]",
+        "data.augment={ kind = \"random_shift\", pads = { primary = 4 } }",
+    ];
+    let calm = lab.launch("calm", 1).set(&switches).run().expect(0);
+    let killed = lab
+        .launch("killed", 1)
+        .set(&switches)
+        .fault("kill@generation=1,step=5,place=backward")
+        .run()
+        .expect(0);
+    assert_resumed(&killed.restores(), 5);
+    assert_eq!(killed.losses(), calm.losses());
+    assert_eq!(
+        killed.state_hashes(&lab, STEPS),
+        calm.state_hashes(&lab, STEPS)
+    );
+}
+
 #[test]
 fn averaged_weights_are_saved_restored_and_evaluated() {
     let lab = Lab::folder();

@@ -59,6 +59,18 @@ pub enum NormVariant {
     Variance,
 }
 
+/// How the conditioning vector reaches the blocks of the flow transformer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ModulationKind {
+    /// Global-AdaLN: one large matrix per action space that all blocks share, and a matrix of low
+    /// rank in each block.
+    #[default]
+    GlobalAdaln,
+    /// AdaLN-Zero: each block has a large matrix of its own, zero at first, for all action spaces.
+    AdalnZero,
+}
+
 /// The image tower (DaViT). The first stage has a 7x7 patch convolution of stride 4, the others
 /// 3x3 of stride 2.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -110,7 +122,10 @@ pub struct FlowConfig {
     pub heads: usize,
     /// Blocks.
     pub layers: usize,
-    /// Rank of each block's own modulation.
+    /// How the conditioning vector reaches the blocks.
+    #[serde(default)]
+    pub modulation: ModulationKind,
+    /// Rank of each block's own modulation in Global-AdaLN.
     pub modulation_rank: usize,
     /// Base of the rotary positions.
     pub rope_theta: f64,
@@ -144,12 +159,24 @@ pub struct FlowerConfig {
     pub cross_attention_mask: CrossAttentionMask,
     /// Dropout of the context tokens.
     pub token_dropout: f64,
+    /// Whether the policy sees the proprioception of the action spaces that declare some.
+    #[serde(default = "yes")]
+    pub proprioception: bool,
+    /// Parameters whose canonical names start with one of these keep their values: they get no
+    /// gradient and no optimizer state. With `vlm.` the whole vision-language model is frozen and
+    /// runs without its own dropout.
+    #[serde(default)]
+    pub frozen: Vec<String>,
     /// The image tower.
     pub vision: VisionConfig,
     /// The text encoder.
     pub language: LanguageConfig,
     /// The flow transformer.
     pub flow: FlowConfig,
+}
+
+fn yes() -> bool {
+    true
 }
 
 impl VisionConfig {
@@ -309,6 +336,12 @@ impl FlowerConfig {
         faults
     }
 
+    /// Returns whether no parameter of the vision-language model is trained.
+    pub(crate) fn vlm_frozen(&self) -> bool {
+        let whole = |prefix: &String| "vlm.".starts_with(prefix.as_str());
+        self.frozen.iter().any(whole)
+    }
+
     /// Returns the length of the joined sequence for `text_len` text tokens.
     pub fn context_len(&self, text_len: usize) -> usize {
         self.num_cameras * self.vision.num_tokens() + 1 + text_len
@@ -332,7 +365,27 @@ impl FlowerConfig {
     /// Returns the names, shapes and sizes of all parameters, without allocating any of them.
     pub fn parameter_table(&self, spaces: &[ActionSpace]) -> Result<ParameterTable, Error> {
         self.check(spaces)?;
-        Ok(ParameterTable::new(self, spaces))
+        let table = ParameterTable::new(self, spaces);
+        let unknown = |prefix: &&String| !table.iter().any(|spec| spec.name.starts_with(*prefix));
+        let mut faults: Vec<String> = self
+            .frozen
+            .iter()
+            .filter(unknown)
+            .map(|prefix| {
+                format!(
+                    "frozen = \"{prefix}\" is the beginning of no parameter's name; `pollen model \
+                     describe` lists them"
+                )
+            })
+            .collect();
+        if !table.iter().any(|spec| spec.trained) {
+            faults.push("frozen leaves no parameter to train".into());
+        }
+        if faults.is_empty() {
+            Ok(table)
+        } else {
+            Err(Error::InvalidConfig { faults })
+        }
     }
 
     /// Builds the model with random weights that depend on `seed` alone: every rank and backend

@@ -142,11 +142,11 @@ impl GatedMlp {
     }
 }
 
-/// The block's own modulation, of low rank.
+/// The block's own modulation: of low rank beside a global one, else of full rank.
 #[derive(Module, Debug)]
-pub(crate) struct LowRankModulation {
+pub(crate) struct BlockModulation {
     down: Linear,
-    up: Linear,
+    up: Option<Linear>,
 }
 
 /// Shift, scale and gate of self-attention and feed-forward layer, `[B, 1, D]` each.
@@ -160,11 +160,25 @@ pub(crate) struct Modulation {
     pub(crate) gate_mlp: Tensor<3>,
 }
 
-impl LowRankModulation {
+impl BlockModulation {
+    fn new(weights: &mut Weights, path: &str) -> Self {
+        let up = format!("{path}.2");
+        Self {
+            down: Linear::new(weights, &format!("{path}.1")),
+            up: weights
+                .has(&format!("{up}.weight"))
+                .then(|| Linear::new(weights, &up)),
+        }
+    }
+
     /// # Shapes
     /// `[B, D] -> [B, 6 D]`
     pub(crate) fn local(&self, cond_BD: Tensor<2>) -> Tensor<2> {
-        self.up.forward(self.down.forward(cond_BD))
+        let modulation = self.down.forward(cond_BD);
+        match &self.up {
+            Some(up) => up.forward(modulation),
+            None => modulation,
+        }
     }
 
     /// Adds the action space's modulation and names the six parts.
@@ -195,7 +209,7 @@ pub(crate) struct FlowBlock {
     pub(crate) self_attn: SelfAttention,
     pub(crate) cross_attn: CrossAttention,
     pub(crate) mlp: GatedMlp,
-    pub(crate) modulation: LowRankModulation,
+    pub(crate) modulation: BlockModulation,
 }
 
 impl FlowBlock {
@@ -208,10 +222,7 @@ impl FlowBlock {
             self_attn: SelfAttention::new(weights, &format!("{path}self_attn"), config),
             cross_attn: CrossAttention::new(weights, &format!("{path}cross_attn"), config),
             mlp: GatedMlp::new(weights, &format!("{path}mlp"), config),
-            modulation: LowRankModulation {
-                down: Linear::new(weights, &format!("{path}adaLN_modulation.1")),
-                up: Linear::new(weights, &format!("{path}adaLN_modulation.2")),
-            },
+            modulation: BlockModulation::new(weights, &format!("{path}adaLN_modulation")),
         }
     }
 

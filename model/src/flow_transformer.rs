@@ -11,7 +11,7 @@ use burn::tensor::activation::silu;
 use pollen_core::{ActionSpace, Seed};
 
 use crate::attention::{causal, hide};
-use crate::config::{CrossAttentionMask, FlowConfig};
+use crate::config::{CrossAttentionMask, FlowConfig, ModulationKind};
 use crate::flow_block::{FlowBlock, Shared};
 use crate::layers::{Linear, Mlp, RmsNorm, dropout, fork, reseed, stateless_norm};
 use crate::rope::Rope;
@@ -76,8 +76,8 @@ pub(crate) struct FlowState {
     pub(crate) context_BSD: Tensor<3>,
     /// SiLU of the conditioning vector, `[B, D]`.
     pub(crate) cond_BD: Tensor<2>,
-    /// The action space's modulation, `[B, 6 D]`.
-    pub(crate) global: Tensor<2>,
+    /// The action space's modulation, `[B, 6 D]`, if there is one.
+    pub(crate) global: Option<Tensor<2>>,
 }
 
 /// Present in published weights; its output is used nowhere.
@@ -147,9 +147,12 @@ impl FlowTransformer {
             },
             cond_norm: RmsNorm::new(weights, "cond_norm", config.norm),
             cond_linear: Linear::new(weights, "cond_linear"),
-            adaln: per_space(&spaces, |s| {
-                Linear::new(weights, &format!("adaln.{s}.modCX.1"))
-            }),
+            adaln: match config.modulation {
+                ModulationKind::GlobalAdaln => per_space(&spaces, |s| {
+                    Linear::new(weights, &format!("adaln.{s}.modCX.1"))
+                }),
+                ModulationKind::AdalnZero => Vec::new(),
+            },
             action_encoders: per_space(&spaces, |s| {
                 Mlp::new(weights, &format!("action_encoders.{s}"))
             }),
@@ -159,8 +162,10 @@ impl FlowTransformer {
             proprio_encoders: spaces
                 .iter()
                 .map(|space| {
-                    (space.proprio_dim > 0)
-                        .then(|| Mlp::new(weights, &format!("proprio_encoders.{}", space.name)))
+                    let path = format!("proprio_encoders.{}", space.name);
+                    weights
+                        .has(&format!("{path}.fc1.weight"))
+                        .then(|| Mlp::new(weights, &path))
                 })
                 .collect(),
             rope: Rope::new(
@@ -277,9 +282,10 @@ impl FlowTransformer {
     pub(crate) fn start(&self, context: &Context, z_BTA: Tensor<3>, t: Tensor<1>) -> FlowState {
         let cond_BD = self.conditioning(context, t);
         // Of the nine vectors that published weights produce, the blocks use six.
-        let global = self
-            .global_modulation(&context.groups, cond_BD.clone())
-            .narrow(1, 0, 6 * self.width);
+        let global = (!self.adaln.is_empty()).then(|| {
+            self.global_modulation(&context.groups, cond_BD.clone())
+                .narrow(1, 0, 6 * self.width)
+        });
         FlowState {
             x_BTD: self.encode_actions(&context.groups, z_BTA),
             context_BSD: context.tokens_BSD.clone(),
@@ -302,10 +308,10 @@ impl FlowTransformer {
             reseed(&causal_bias.device(), seed);
             let (context_BSD, next_context) = fork(state.context_BSD);
             let (cond_BD, next_cond) = fork(state.cond_BD);
-            let (global, next_global) = fork(state.global);
+            let (global, next_global) = state.global.map(fork).unzip();
             let shared = Shared {
                 cond_BD,
-                global: Some(global),
+                global,
                 context_BSD,
                 cross_bias: cross_bias.cloned(),
                 causal_bias: causal_bias.clone(),

@@ -33,14 +33,15 @@ impl Flower {
         spaces: &[ActionSpace],
         weights: &mut Weights,
     ) -> Self {
+        let frozen: BTreeSet<String> = ParameterTable::new(config, spaces)
+            .iter()
+            .filter(|spec| !spec.trained)
+            .map(|spec| spec.name.clone())
+            .collect();
         Self {
             encoder: JointEncoder::new(weights, config),
             head: FlowTransformer::new(weights, &config.flow, config.cross_attention_mask, spaces),
-            frozen: ParameterTable::new(config, spaces)
-                .iter()
-                .filter(|spec| !spec.trained)
-                .map(|spec| spec.name.clone())
-                .collect(),
+            frozen,
             config: config.clone(),
         }
     }
@@ -61,10 +62,11 @@ impl Flower {
     /// # Shapes
     /// See [`Observation`] and [`TrainMasks`].
     pub fn encode(&self, obs: &Observation, masks: Option<&TrainMasks>) -> Context {
-        let seed = masks.map(|masks| masks.dropout);
-        let images = self.encoder.image_tokens(obs.images.clone(), masks);
+        let encoder_masks = self.encoder_masks(masks);
+        let images = self.encoder.image_tokens(obs.images.clone(), encoder_masks);
         let content_BS = self.encoder.content_mask(obs, images.dims()[1]);
         let joined_BSD = self.encoder.join(images, obs.input_ids.clone());
+        let seed = encoder_masks.map(|masks| masks.dropout);
         let mut features = self.encoder.encode(joined_BSD, content_BS.clone(), seed);
         if let Some(keep) = masks.and_then(|masks| masks.token_keep.clone()) {
             features = features * keep;
@@ -75,8 +77,16 @@ impl Flower {
             frequency_hz: obs.frequency_hz.clone(),
             proprio_BP: obs.proprio.clone(),
             spaces: &obs.spaces,
-            dropout_seed: seed,
+            dropout_seed: masks.map(|masks| masks.dropout),
         })
+    }
+
+    /// Returns the masks that act inside the encoder: none if it is frozen.
+    pub(crate) fn encoder_masks<'a>(
+        &self,
+        masks: Option<&'a TrainMasks>,
+    ) -> Option<&'a TrainMasks> {
+        masks.filter(|_| !self.config.vlm_frozen())
     }
 
     /// Returns the velocity at the noisy chunk `z` and flow time `t` (1 is pure noise). With `masks`

@@ -73,11 +73,13 @@ mod weights;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
+mod switches;
+#[cfg(test)]
 mod testing;
 
 pub use config::{
-    CrossAttentionMask, EncoderMask, FlowConfig, FlowerConfig, LanguageConfig, NormVariant,
-    TokenOrder, VisionConfig,
+    CrossAttentionMask, EncoderMask, FlowConfig, FlowerConfig, LanguageConfig, ModulationKind,
+    NormVariant, TokenOrder, VisionConfig,
 };
 pub use error::Error;
 pub use flat::ParameterInfo;

@@ -8,8 +8,8 @@ use std::fmt;
 use pollen_core::ActionSpace;
 
 use crate::config::{
-    FlowConfig, FlowerConfig, IMAGE_POSITIONS, LanguageConfig, POSITION_OFFSET, SINUSOID_WIDTH,
-    VisionConfig, patch_geometry,
+    FlowConfig, FlowerConfig, IMAGE_POSITIONS, LanguageConfig, ModulationKind, POSITION_OFFSET,
+    SINUSOID_WIDTH, VisionConfig, patch_geometry,
 };
 
 /// Name of the token table.
@@ -75,6 +75,14 @@ impl ParameterTable {
         table.add(PROMPT, &[1, 1, config.language.width], Init::MeanToken);
         table.freeze(PROMPT);
         table.flow(&config.flow, config.language.width, spaces);
+        if !config.proprioception {
+            table
+                .specs
+                .retain(|name, _| !name.starts_with("proprio_encoders."));
+        }
+        for prefix in &config.frozen {
+            table.freeze(prefix);
+        }
         table
     }
 
@@ -225,9 +233,22 @@ impl ParameterTable {
         self.linear(&format!("{path}mlp.fc1"), hidden, width, false);
         self.linear(&format!("{path}mlp.fc2"), hidden, width, false);
         self.linear(&format!("{path}mlp.proj"), width, hidden, false);
-        let rank = config.modulation_rank;
-        self.linear(&format!("{path}adaLN_modulation.1"), rank, width, true);
-        self.linear(&format!("{path}adaLN_modulation.2"), 6 * width, rank, true);
+        let modulation = format!("{path}adaLN_modulation");
+        match config.modulation {
+            ModulationKind::GlobalAdaln => {
+                let rank = config.modulation_rank;
+                self.linear(&format!("{modulation}.1"), rank, width, true);
+                self.linear(&format!("{modulation}.2"), 6 * width, rank, true);
+            }
+            ModulationKind::AdalnZero => {
+                let (weight, bias) = (
+                    format!("{modulation}.1.weight"),
+                    format!("{modulation}.1.bias"),
+                );
+                self.add(&weight, &[6 * width, width], Init::Zeros);
+                self.add(&bias, &[6 * width], Init::Zeros);
+            }
+        }
     }
 
     /// Adds the flow transformer over a context of `context_width`.
@@ -256,11 +277,13 @@ impl ParameterTable {
         self.linear("cond_linear", width, context_width, false);
         for space in spaces {
             let name = &space.name;
-            self.add(
-                &format!("adaln.{name}.modCX.1.weight"),
-                &[9 * width, width],
-                Init::Zeros,
-            );
+            if config.modulation == ModulationKind::GlobalAdaln {
+                self.add(
+                    &format!("adaln.{name}.modCX.1.weight"),
+                    &[9 * width, width],
+                    Init::Zeros,
+                );
+            }
             self.linear(
                 &format!("action_encoders.{name}.fc1"),
                 width,
@@ -306,7 +329,7 @@ impl fmt::Display for ParameterTable {
 }
 
 /// Returns a number with a comma between thousands.
-fn grouped(number: usize) -> String {
+pub(crate) fn grouped(number: usize) -> String {
     let digits = number.to_string();
     let mut text = String::new();
     for (i, digit) in digits.chars().enumerate() {

@@ -69,6 +69,8 @@ struct Inputs {
     groups: RowGroups,
     z: Tensor<3>,
     t: Tensor<1>,
+    /// Of the encoder; none if it is frozen.
+    encoder_dropout: Option<Seed>,
     dropout: Seed,
 }
 
@@ -134,9 +136,10 @@ impl Flower {
         let cameras = obs.images.dims()[1];
         let image_tokens = cameras * self.config().vision.num_tokens();
         let content_BS = self.encoder.content_mask(obs, image_tokens);
+        let encoder_masks = self.encoder_masks(Some(masks));
         Inputs {
             cameras,
-            depth_keep: self.encoder.depth_keep(cameras, Some(masks)),
+            depth_keep: self.encoder.depth_keep(cameras, encoder_masks),
             token_keep: masks.token_keep.clone(),
             input_ids: obs.input_ids.clone(),
             encoder_bias: self.encoder.bias(content_BS.clone()),
@@ -148,6 +151,7 @@ impl Flower {
             spaces: obs.spaces.clone(),
             z,
             t,
+            encoder_dropout: encoder_masks.map(|masks| masks.dropout),
             dropout: masks.dropout,
         }
     }
@@ -220,12 +224,12 @@ impl Flower {
                 let images = self.encoder.project(map, inputs.cameras);
                 let joined = self.encoder.join(images, inputs.input_ids.clone());
                 let encoder = &self.encoder.language_model.encoder;
-                State::Tokens(encoder.embed(joined, Some(inputs.dropout)))
+                State::Tokens(encoder.embed(joined, inputs.encoder_dropout))
             }
             (Segment::Language(layers), State::Tokens(tokens)) => {
                 let encoder = &self.encoder.language_model.encoder;
                 let bias = inputs.encoder_bias.as_ref();
-                let seed = Some(inputs.dropout);
+                let seed = inputs.encoder_dropout;
                 State::Tokens(encoder.run_layers(tokens, bias, seed, layers.clone()))
             }
             (Segment::Condition, State::Tokens(features)) => {
@@ -290,7 +294,7 @@ impl State {
                 x_BTD: leaf(&state.x_BTD),
                 context_BSD: leaf(&state.context_BSD),
                 cond_BD: leaf(&state.cond_BD),
-                global: leaf(&state.global),
+                global: state.global.as_ref().map(leaf),
             })),
             Self::Velocity(velocity) => Self::Velocity(leaf(velocity)),
         }
@@ -309,7 +313,10 @@ impl State {
                 weighted(state.x_BTD, &leaf.x_BTD, grads),
                 weighted(state.context_BSD, &leaf.context_BSD, grads),
                 weighted(state.cond_BD, &leaf.cond_BD, grads),
-                weighted(state.global, &leaf.global, grads),
+                state
+                    .global
+                    .zip(leaf.global.as_ref())
+                    .and_then(|(global, leaf)| weighted(global, leaf, grads)),
             ],
             (state, leaves) => unreachable!("{leaves:?} are not the leaves of {state:?}"),
         };

@@ -56,9 +56,6 @@ pub struct TrainConfig {
     /// Bytes of gradients that are reduced at a time.
     #[serde(default = "default_bucket")]
     pub bucket: pollen_core::ByteSize,
-    /// Parameters whose canonical names start with one of these stay as they are.
-    #[serde(default)]
-    pub freeze: Vec<String>,
     /// Steps with a non-finite loss or gradient that are skipped before the run stops.
     #[serde(default = "default_non_finite")]
     pub max_non_finite_steps: u64,

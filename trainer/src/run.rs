@@ -335,17 +335,10 @@ impl Worker {
 }
 
 fn layout_of(model: &Flower, config: &RunConfig) -> Layout {
-    let frozen = |name: &str| {
-        config
-            .train
-            .freeze
-            .iter()
-            .any(|prefix| name.starts_with(prefix))
-    };
     let parameters = model
         .parameters()
         .into_iter()
-        .filter(|info| info.trained && !frozen(&info.name))
+        .filter(|info| info.trained)
         .map(|info| (info.name, info.shape));
     Layout::new(
         parameters,

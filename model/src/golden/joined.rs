@@ -18,6 +18,8 @@ fn model(golden: &Golden, device: &Device) -> Flower {
         encoder_mask: EncoderMask::TextAndFlow,
         cross_attention_mask: CrossAttentionMask::Additive,
         token_dropout: 0.0,
+        proprioception: true,
+        frozen: Vec::new(),
         vision: golden.vision_config(),
         language: golden.language_config("vl", "vh"),
         flow: golden.flow_config("dit.0."),

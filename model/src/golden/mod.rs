@@ -13,7 +13,7 @@ use pollen_core::ActionSpace;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use crate::config::{FlowConfig, NormVariant};
+use crate::config::{FlowConfig, ModulationKind, NormVariant};
 use crate::parameters::ParameterSpec;
 use crate::rope;
 use crate::testing::{space, values};
@@ -228,6 +228,7 @@ impl Golden {
             width: self.size("D"),
             heads: self.size("H"),
             layers: self.size("layers"),
+            modulation: ModulationKind::GlobalAdaln,
             modulation_rank: rank,
             rope_theta: self.config["theta"].as_f64().expect("a number"),
             rope_table_len: self.size("qlen"),
