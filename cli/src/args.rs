@@ -183,6 +183,15 @@ fn camera(text: &str) -> Result<(String, String), String> {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum ModelCommand {
-    /// Prints the parameters of a recipe's model by module
-    Describe(RecipeArgs),
+    /// Prints the parameters of a recipe's model by module, its operations a sample, its memory
+    Describe(DescribeArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DescribeArgs {
+    #[command(flatten)]
+    pub(crate) recipe: RecipeArgs,
+    /// Prints JSON, in counts and bytes
+    #[arg(long)]
+    pub(crate) json: bool,
 }

@@ -13,6 +13,7 @@
 //! |---|---|
 //! | `config` | sizes and switches: the `[model]` table of a recipe |
 //! | `parameters` | names, shapes and first values of all parameters |
+//! | `cost` | work and memory by part |
 //! | `flower` | the model as its users see it |
 //! | `observation` | what it is given |
 //! | `segments` | a forward pass in segments, whose backward finishes gradients one by one |
@@ -49,6 +50,7 @@
 
 mod attention;
 mod config;
+mod cost;
 mod error;
 mod flat;
 mod flow_block;
@@ -81,6 +83,7 @@ pub use config::{
     CrossAttentionMask, EncoderMask, FlowConfig, FlowerConfig, LanguageConfig, ModulationKind,
     NormVariant, TokenOrder, VisionConfig,
 };
+pub use cost::{ModelCost, ModulationSaving, PartCost};
 pub use error::Error;
 pub use flat::ParameterInfo;
 pub use flow_transformer::Context;
