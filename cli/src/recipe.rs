@@ -33,7 +33,7 @@ pub(crate) struct Recipe {
 }
 
 /// Keys that do not make another run: how long it may go, what it may cost, where and how it runs.
-const NOT_IDENTITY: [&[&str]; 9] = [
+const NOT_IDENTITY: [&[&str]; 10] = [
     &["train", "steps"],
     &["budget"],
     &["launch"],
@@ -42,6 +42,7 @@ const NOT_IDENTITY: [&[&str]; 9] = [
     &["storage"],
     &["communicator"],
     &["checkpoint"],
+    &["watchdog"],
     &["eval"],
 ];
 

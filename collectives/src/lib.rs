@@ -18,6 +18,7 @@
 //! | [`deadline`] | a point in time that waits are bounded by |
 //! | [`error`] | what can go wrong, and which ranks are missing |
 //! | [`gloo`] | Gloo over TCP, the CPU engine |
+//! | [`heartbeat`] | signs of life through the store, and who concludes that a rank hangs |
 //! | [`local`] | world size 1 |
 //! | [`rendezvous`] | from a store, a rank and a generation to a communicator |
 //! | [`store`] | key-value server and client, gather, barrier, presence |
@@ -54,6 +55,7 @@ pub mod error;
 )]
 mod ffi;
 pub mod gloo;
+pub mod heartbeat;
 mod library;
 pub mod local;
 pub mod rendezvous;
@@ -66,5 +68,7 @@ pub use deadline::Deadline;
 pub use error::{Absence, Absent, Error, Result};
 pub use ffi::DeviceBuffer;
 pub use gloo::Gloo;
+pub use heartbeat::{Beat, Hang, HangKind, Watch, WatchdogConfig};
 pub use local::Local;
+pub use rendezvous::host_name;
 pub use store::{Event, Member, MemberState, Presence, Store, StoreServer, Swap};

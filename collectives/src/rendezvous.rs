@@ -192,7 +192,8 @@ fn describe(bind: &Bind) -> String {
     }
 }
 
-fn host_name() -> String {
+/// Returns this machine's name, as error messages use it.
+pub fn host_name() -> String {
     rustix::system::uname()
         .nodename()
         .to_string_lossy()

@@ -68,7 +68,13 @@ pub fn decide(exits: &[RankExit], stop: Option<StopSignal>, restarts_left: u32) 
     if let Some(signal) = stop {
         return stopped(exits, signal);
     }
-    if let Some(one) = exits.iter().find(|one| !one.asked && !is_orderly(one.exit)) {
+    let saved = exits
+        .iter()
+        .find(|one| matches!(one.exit, Exit::Code(85 | 130)));
+    let failed = exits.iter().find(|one| !one.asked && !is_orderly(one.exit));
+    // Without a save, a worker that had to be ended did not reach the last step either.
+    let ended = || exits.iter().find(|one| !is_orderly(one.exit));
+    if let Some(one) = failed.or_else(|| if saved.is_none() { ended() } else { None }) {
         let (decision, rest) = if restarts_left > 0 {
             let rest = match restarts_left {
                 1 => "starting again for the last time".to_owned(),
@@ -84,9 +90,6 @@ pub fn decide(exits: &[RankExit], stop: Option<StopSignal>, restarts_left: u32) 
             culprit: Some(one.rank),
         };
     }
-    let saved = exits
-        .iter()
-        .find(|one| matches!(one.exit, Exit::Code(85 | 130)));
     if let Some(one) = saved {
         return Verdict {
             decision: Decision::Stop(exit_code(one.exit).unwrap_or(ExitCode::Preempted)),
@@ -176,7 +179,7 @@ mod tests {
             exit: KILLED,
             asked: false,
         };
-        let cases: [(&[RankExit], u32, Decision); 12] = [
+        let cases: [(&[RankExit], u32, Decision); 14] = [
             (&[own(0, 0), own(1, 0)], 3, Decision::Done),
             (&[own(0, 2), own(1, 75)], 3, Decision::Stop(ExitCode::Usage)),
             (
@@ -204,6 +207,9 @@ mod tests {
             (&[crash, asked(0, Exit::Code(85))], 1, Decision::Restart),
             (&[crash, asked(0, KILLED)], 0, Decision::GiveUp),
             (&[own(0, 70), own(1, 0)], 1, Decision::Restart),
+            // Nobody failed before the launcher ended it: it has not reached the last step.
+            (&[asked(0, KILLED)], 3, Decision::Restart),
+            (&[own(0, 0), asked(1, KILLED)], 0, Decision::GiveUp),
             (&[own(0, 101), own(1, 101)], 0, Decision::GiveUp),
             (
                 &[own(0, 85), asked(1, KILLED)],

@@ -20,6 +20,7 @@
 //! | [`error`] | what can go wrong, and the fix |
 //! | [`local`] | the workers of one generation as processes |
 //! | [`lock`] | one launcher per run |
+//! | `hang` | workers that make no progress: found, reported, ended |
 //! | [`log_tail`] | the last lines of a worker's log |
 //! | [`object_server`] | SeaweedFS for the demo |
 //! | [`parent_death`] | a worker ends with its launcher |
@@ -44,6 +45,7 @@ pub mod contract;
 mod credentials;
 pub mod decision;
 pub mod error;
+mod hang;
 mod hostlist;
 mod http;
 pub mod local;

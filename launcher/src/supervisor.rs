@@ -11,6 +11,7 @@ use rustix::process::Signal;
 use crate::config::{Config, split_address};
 use crate::decision::{Decision, RankExit, StopSignal, Verdict, decide, is_orderly};
 use crate::error::Error;
+use crate::hang::{Hung, Sentinel};
 use crate::local::{Ended, Placement, WorkerCommand, WorkerGroup};
 use crate::lock::RunLock;
 use crate::log_tail::LogTail;
@@ -148,6 +149,7 @@ impl Supervisor {
             observer,
             checkpoint_seen: false,
             told_of_fault: false,
+            hung: None,
         };
         let mut stop = None;
         let mut restarts = 0;
@@ -168,6 +170,14 @@ impl Supervisor {
                 grace: job.config.grace,
                 exits: Vec::new(),
                 phase: Phase::Running,
+                sentinel: match &hosted {
+                    Some(server) => {
+                        let workers = job.config.workers.get();
+                        let address = server.address();
+                        Some(Sentinel::new(address, job.run, generation, workers)?)
+                    }
+                    None => None,
+                },
             }
             .watch(&self.receiver, &mut stop, &mut watch)?;
             watch.poll();
@@ -184,7 +194,10 @@ impl Supervisor {
                 .config
                 .max_restarts
                 .saturating_sub(restarts_since_checkpoint);
-            let verdict = decide(&exits, stop, left);
+            let mut verdict = decide(&exits, stop, left);
+            if let Some(hung) = watch.hung.take() {
+                verdict.reason = format!("{}; {}", hung.text, verdict.reason);
+            }
             if verdict.decision == Decision::Restart {
                 restarts += 1;
                 restarts_since_checkpoint += 1;
@@ -255,6 +268,8 @@ struct Watch<'a> {
     observer: &'a mut dyn Observer,
     checkpoint_seen: bool,
     told_of_fault: bool,
+    /// The first worker of this generation that was found to hang.
+    hung: Option<Hung>,
 }
 
 impl Watch<'_> {
@@ -265,6 +280,9 @@ impl Watch<'_> {
                 self.checkpoint_seen |= records
                     .iter()
                     .any(|record| matches!(record.event, Event::Checkpoint { .. }));
+                if self.hung.is_none() {
+                    self.hung = records.iter().find_map(Hung::of);
+                }
                 self.observer.records(&records);
             }
             // A view that fails must not end the run; say so once.
@@ -296,6 +314,7 @@ struct Generation {
     grace: Duration,
     exits: Vec<RankExit>,
     phase: Phase,
+    sentinel: Option<Sentinel>,
 }
 
 impl Generation {
@@ -318,6 +337,9 @@ impl Generation {
                     unreachable!("the supervisor holds a sender")
                 }
             }
+            if let Some(sentinel) = &mut self.sentinel {
+                sentinel.look();
+            }
             self.check_deadline(watch);
             watch.poll();
         }
@@ -326,7 +348,8 @@ impl Generation {
 
     fn ended(&mut self, rank: u32, watch: &mut Watch<'_>) -> Result<(), Error> {
         let exit = self.group.reap(rank)?;
-        let asked = matches!(self.phase, Phase::Asked(_) | Phase::Killed);
+        let hung = watch.hung.as_ref().is_some_and(|hung| hung.is(rank));
+        let asked = matches!(self.phase, Phase::Asked(_) | Phase::Killed) && !hung;
         self.exits.push(RankExit { rank, exit, asked });
         if asked || self.group.running().is_empty() {
             return Ok(());
@@ -384,6 +407,14 @@ impl Generation {
 
     fn check_deadline(&mut self, watch: &mut Watch<'_>) {
         let now = Instant::now();
+        if let Some(hung) = &watch.hung
+            && !matches!(self.phase, Phase::Killed)
+            && hung.is_over(now, &self.group.running())
+        {
+            let text = self.late("did not end: killing it");
+            watch.observer.say(&text);
+            self.kill();
+        }
         match self.phase {
             Phase::Draining(until) if now >= until => {
                 watch

@@ -85,11 +85,14 @@ pub enum Event {
     Hang {
         /// The worker: rank and host.
         who: String,
+        /// Its rank; `rank` is that of the process that noticed.
+        #[serde(default)]
+        hung_rank: Option<u32>,
         /// Its last step.
         step: u64,
         /// What it was doing: data, forward, backward, all-reduce, optimizer, checkpoint.
         phase: String,
-        /// Seconds since its last sign of life.
+        /// Seconds it has been doing it.
         since_s: f64,
     },
     /// The workers are started again.
@@ -400,6 +403,7 @@ mod tests {
             },
             Event::Hang {
                 who: "rank 1 on n2".into(),
+                hung_rank: Some(1),
                 step: 8,
                 phase: "all-reduce".into(),
                 since_s: 61.0,

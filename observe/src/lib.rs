@@ -19,6 +19,7 @@
 //! | [`progress`] | one line on a terminal, plain lines elsewhere |
 //! | [`budget`] | GPU-hours spent against GPU-hours allowed |
 //! | [`mod@summary`] | the text at the end of a run |
+//! | `threads` | what the threads of a process are doing, from `/proc` |
 //! | [`units`] | durations, counts and sizes as people read them |
 //!
 //! ```
@@ -43,6 +44,7 @@ mod notices;
 pub mod progress;
 pub mod reader;
 pub mod summary;
+mod threads;
 pub mod units;
 pub mod view;
 
@@ -54,4 +56,5 @@ pub use events::{Event, PlanEvent, Record, SkippedCheckpoint, SpaceError, StartE
 pub use progress::Progress;
 pub use reader::{Tail, read_events};
 pub use summary::{NextCommand, summary};
+pub use threads::threads_of;
 pub use view::RunView;

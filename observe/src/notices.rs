@@ -62,6 +62,7 @@ pub(crate) fn notice(record: &Record) -> Option<String> {
             step,
             phase,
             since_s,
+            ..
         } => format!(
             "hang: {who} has been in {phase} of step {step} for {}",
             units::seconds(*since_s)

@@ -51,6 +51,9 @@ const TINY: &[&str] = &[
     "train.steps=8",
     "checkpoint.every_steps=2",
     "eval.frame_stride=40",
+    // Tests hold workers for as long as they need; the test of hangs sets its own limits.
+    "watchdog.min_timeout=10m",
+    "watchdog.max_timeout=10m",
     "model.token_dropout=0.1",
     "model.vision.stochastic_depth=0.1",
     "model.language.dropout=0.1",

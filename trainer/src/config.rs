@@ -31,6 +31,9 @@ pub struct RunConfig {
     /// How ranks talk to each other.
     #[serde(default)]
     pub communicator: pollen_collectives::Config,
+    /// When a rank counts as hanging.
+    #[serde(default)]
+    pub watchdog: pollen_collectives::WatchdogConfig,
     /// Requests to object storage.
     #[serde(default)]
     pub storage: pollen_storage::StorageConfig,
@@ -206,6 +209,7 @@ impl RunConfig {
         let mut faults = self.model.validate();
         faults.extend(self.checkpoint.faults());
         faults.extend(self.observe.validate());
+        faults.extend(self.watchdog.faults());
         for fault in [
             self.data.validate().err().map(|error| error.to_string()),
             self.communicator

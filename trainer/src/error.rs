@@ -72,6 +72,14 @@ pub enum Error {
         /// The cap.
         cap: u64,
     },
+    /// A rank hangs: all of them end, to start again from the last checkpoint.
+    #[error("{hang}; what its and this rank's threads were doing is in {}", stacks.display())]
+    Hang {
+        /// Which, where and since when.
+        hang: Box<pollen_collectives::Hang>,
+        /// The report.
+        stacks: std::path::PathBuf,
+    },
     /// A state that cannot be.
     #[error("internal error: {0}")]
     Internal(String),
@@ -93,7 +101,9 @@ impl Error {
             Self::Collective(error) => error.class(),
             Self::Observe(error) => error.class(),
             Self::Model(error) => error.class(),
-            Self::File { .. } | Self::Unpublished { .. } => ErrorClass::Retryable,
+            Self::File { .. } | Self::Unpublished { .. } | Self::Hang { .. } => {
+                ErrorClass::Retryable
+            }
             Self::Mismatch { .. } | Self::NonFinite { .. } | Self::BadSamples { .. } => {
                 ErrorClass::Corrupt
             }

@@ -21,6 +21,7 @@
 //! | [`eval`] | error of sampled actions on held-out episodes |
 //! | [`config`] | the recipe, checked as a whole |
 //! | [`signals`], [`phases`] | stop flags; the phases of a step |
+//! | [`pulse`], `watchdog` | where a rank is and how long it may stay there; what ends a hang |
 //!
 //! ```
 //! use pollen_trainer::schedule::Schedule;
@@ -43,6 +44,7 @@ mod golden;
 pub mod layout;
 pub mod optim;
 pub mod phases;
+pub mod pulse;
 pub mod randomness;
 pub mod recovery;
 pub mod run;
@@ -51,6 +53,7 @@ pub mod schedule;
 pub mod signals;
 pub mod step;
 pub mod training_loop;
+mod watchdog;
 mod weights;
 
 pub use config::RunConfig;

@@ -7,9 +7,17 @@ use std::time::Duration;
 
 use pollen_core::Clock;
 
+use crate::pulse::Pulse;
+
 /// What a rank is doing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
+    /// Meeting the other ranks.
+    Rendezvous,
+    /// Opening the data and building the model.
+    Open,
+    /// Claiming the run and reading a checkpoint.
+    Restore,
     /// Waiting for the loader.
     Data,
     /// Copying the batch and running the model.
@@ -24,12 +32,17 @@ pub enum Phase {
     Checkpoint,
     /// Measuring on held-out episodes.
     Eval,
+    /// Logging and deciding, after one step and before the next.
+    Between,
 }
 
 impl Phase {
     /// Returns the name used in events and fault specifications.
     pub fn name(self) -> &'static str {
         match self {
+            Self::Rendezvous => "rendezvous",
+            Self::Open => "open",
+            Self::Restore => "restore",
             Self::Data => "data",
             Self::Forward => "forward",
             Self::Backward => "backward",
@@ -37,6 +50,7 @@ impl Phase {
             Self::Optimizer => "optimizer",
             Self::Checkpoint => "checkpoint",
             Self::Eval => "eval",
+            Self::Between => "between",
         }
     }
 }
@@ -51,16 +65,18 @@ impl fmt::Display for Phase {
 #[derive(Debug)]
 pub struct PhaseTimer {
     clock: Arc<dyn Clock>,
+    pulse: Arc<Pulse>,
     open: Option<(Phase, Duration)>,
     spent: BTreeMap<Phase, Duration>,
     step: u64,
 }
 
 impl PhaseTimer {
-    /// Returns a timer with no phase open.
-    pub fn new(clock: Arc<dyn Clock>) -> Self {
+    /// Returns a timer with no phase open, which tells `pulse` where it is.
+    pub fn new(clock: Arc<dyn Clock>, pulse: Arc<Pulse>) -> Self {
         Self {
             clock,
+            pulse,
             open: None,
             spent: BTreeMap::new(),
             step: 0,
@@ -69,20 +85,26 @@ impl PhaseTimer {
 
     /// Starts a step: forgets the times of the one before.
     pub fn begin_step(&mut self, step: u64) {
-        self.close();
+        self.add_up();
         self.spent.clear();
         self.step = step;
     }
 
     /// Closes the open phase and opens `phase`; a fault asked for here strikes.
     pub fn enter(&mut self, phase: Phase) {
-        self.close();
+        self.add_up();
         self.open = Some((phase, self.clock.monotonic()));
+        self.pulse.enter(self.step, phase);
         crate::faults::reach(self.step, phase.name());
     }
 
     /// Closes the open phase.
     pub fn close(&mut self) {
+        self.add_up();
+        self.pulse.enter(self.step, Phase::Between);
+    }
+
+    fn add_up(&mut self) {
         if let Some((phase, since)) = self.open.take() {
             *self.spent.entry(phase).or_default() += self.clock.monotonic().saturating_sub(since);
         }
@@ -110,7 +132,12 @@ mod tests {
     #[test]
     fn times_add_up_by_phase_and_start_anew_each_step() {
         let clock = Arc::new(ManualClock::default());
-        let mut timer = PhaseTimer::new(Arc::<ManualClock>::clone(&clock));
+        let pulse = Pulse::new(
+            Arc::<ManualClock>::clone(&clock),
+            pollen_collectives::WatchdogConfig::default(),
+            Duration::ZERO,
+        );
+        let mut timer = PhaseTimer::new(Arc::<ManualClock>::clone(&clock), Arc::new(pulse));
         timer.begin_step(1);
         for _ in 0..2 {
             timer.enter(Phase::Data);

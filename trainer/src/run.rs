@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use burn::tensor::Device;
 use pollen_checkpoints::{Checkpoints, Restored};
-use pollen_collectives::{Communicator, Deadline, Store, rendezvous};
+use pollen_collectives::{Communicator, Deadline, Store, host_name, rendezvous};
 use pollen_core::{ActionSpace, Clock, Seed, SystemClock};
 use pollen_dataloader::{Data, Loader, LoaderArgs, Mixture, ModelShape, ORDER_VERSION};
 use pollen_model::Flower;
@@ -19,13 +19,15 @@ use crate::ema::Ema;
 use crate::error::Error;
 use crate::layout::Layout;
 use crate::optim::AdamW;
-use crate::phases::PhaseTimer;
+use crate::phases::{Phase, PhaseTimer};
+use crate::pulse::Pulse;
 use crate::randomness::Randomness;
 use crate::recovery::{Connection, Identity, Recovery};
 use crate::schedule::EmaConfig;
 use crate::signals::StopFlags;
 use crate::step::Trainer;
 use crate::training_loop::{Outcome, Session, evaluate, skipped, train};
+use crate::watchdog::{Post, Verdict, Watchdog};
 
 /// What a worker is told.
 #[derive(Clone, Debug)]
@@ -95,7 +97,10 @@ pub fn run_worker(args: WorkerArgs, stop: StopFlags) -> Result<Outcome, Error> {
     let log = || EventLog::open(&path, &run, generation, Some(rank));
     let events = log()?;
     let observer: Arc<dyn Observer> = Arc::new(StoreEvents(log()?));
-    let result = Worker::new(args, stop, observer).and_then(|worker| worker.run(log()?));
+    let verdict = Verdict::default();
+    let result = Worker::new(args, stop, observer, (log()?, verdict.clone()))
+        .and_then(|worker| worker.run(log()?))
+        .map_err(|error| verdict.explain(error));
     let (exit, reason) = match &result {
         Ok(outcome) => (outcome.exit, outcome.reason.clone()),
         Err(error) => (error.exit_code(), error.to_string()),
@@ -117,10 +122,18 @@ struct Worker {
     communicator: Arc<dyn Communicator>,
     clock: Arc<dyn Clock>,
     deadline: Duration,
+    pulse: Arc<Pulse>,
+    // Last: it watches over the good-bye of the communicator as well.
+    _watchdog: Option<Watchdog>,
 }
 
 impl Worker {
-    fn new(args: WorkerArgs, stop: StopFlags, observer: Arc<dyn Observer>) -> Result<Self, Error> {
+    fn new(
+        args: WorkerArgs,
+        stop: StopFlags,
+        observer: Arc<dyn Observer>,
+        (events, verdict): (EventLog, Verdict),
+    ) -> Result<Self, Error> {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .thread_name("pollen-io")
@@ -134,9 +147,30 @@ impl Worker {
         let deadline = config.timeout;
         let store = Store::connect(&args.store, Deadline::after(config.join_timeout))?
             .prefixed(&format!("g{}/", args.generation));
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+        let pulse = Arc::new(Pulse::new(
+            Arc::clone(&clock),
+            args.config.watchdog.clone(),
+            args.config.storage.retry_for,
+        ));
+        let watchdog = Watchdog::start(Post {
+            config: args.config.watchdog.clone(),
+            store: store.clone(),
+            rank: args.rank,
+            world_size: args.world_size,
+            host: host_name(),
+            pulse: Arc::clone(&pulse),
+            clock: Arc::clone(&clock),
+            events,
+            run_dir: args.run_dir.clone(),
+            verdict,
+        })?;
+        crate::faults::reach(0, Phase::Rendezvous.name());
         let communicator =
             rendezvous::connect(config, &store, args.rank, args.world_size, args.generation)?;
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock::default());
+        if let Some(watchdog) = &watchdog {
+            watchdog.guard(&communicator);
+        }
         Ok(Self {
             args,
             stop,
@@ -146,11 +180,14 @@ impl Worker {
             communicator,
             clock,
             deadline,
+            pulse,
+            _watchdog: watchdog,
         })
     }
 
     fn run(self, events: EventLog) -> Result<Outcome, Error> {
         let config = &self.args.config;
+        self.enter(Phase::Open);
         let data = self.data()?;
         let mixture = Arc::new(data.mixture(Seed::new(config.seed))?);
         let device = Device::flex().autodiff();
@@ -175,6 +212,7 @@ impl Worker {
             events: Arc::clone(&events),
             clock: Arc::clone(&self.clock),
         };
+        self.enter(Phase::Restore);
         let (recovery, restored) = Recovery::start(connection, identity)?;
         if let Some(restored) = &restored {
             recovery.check(restored, self.args.accept_new_data)?;
@@ -198,14 +236,22 @@ impl Worker {
             budget,
             clock: Arc::clone(&self.clock),
         };
+        self.enter(Phase::Open);
         let mut trainer = self.trainer(data, mixture, layout, device, state)?;
         self.announce(&session, restored.as_ref(), &url, trainer.step)?;
         let outcome = train(&mut trainer, &mut session)?;
         if outcome.exit == pollen_core::ExitCode::Done && trainer.eval_error().is_none() {
             evaluate(&mut trainer, &session)?;
         }
+        self.pulse.enter(trainer.step, Phase::AllReduce);
         self.communicator.barrier()?;
         Ok(outcome)
+    }
+
+    /// Enters a phase before the first step; a fault asked for there strikes.
+    fn enter(&self, phase: Phase) {
+        self.pulse.enter(0, phase);
+        crate::faults::reach(0, phase.name());
     }
 
     fn data(&self) -> Result<Arc<Data>, Error> {
@@ -291,7 +337,7 @@ impl Worker {
             loader,
             communicator: Arc::clone(&self.communicator),
             device,
-            timer: PhaseTimer::new(Arc::clone(&self.clock)),
+            timer: PhaseTimer::new(Arc::clone(&self.clock), Arc::clone(&self.pulse)),
             stop: self.stop.clone(),
             accumulation,
             measured: None,
