@@ -77,7 +77,8 @@ pub enum Event {
         count: u64,
         /// Indices of the step's samples in the sample order.
         samples: Vec<u64>,
-        /// Picture of the batch, if one was written.
+        /// Folder below the run's with a picture of each rank's batch and its captions, if they
+        /// could be written.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         contact_sheet: Option<String>,
     },

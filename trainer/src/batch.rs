@@ -5,11 +5,21 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use pollen_core::{ActionSpace, Seed};
-use pollen_dataloader::HostBatch;
+use pollen_dataloader::{HostBatch, Loader};
 use pollen_model::{Flower, Observation, TrainMasks, noisy_actions};
 use pollen_processing::{PIXEL_MEAN, PIXEL_STD};
 
+use crate::error::Error;
 use crate::randomness::Randomness;
+
+/// Returns the next micro-batch of the step that will be number `step`.
+pub(crate) fn next_micro_batch(loader: &mut Loader, step: u64) -> Result<HostBatch, Error> {
+    let mut host = loader.next_micro_batch()?;
+    if crate::faults::poisons(step) {
+        host.actions[0] = f32::NAN;
+    }
+    Ok(host)
+}
 
 /// The inputs and targets of one velocity prediction.
 #[derive(Debug)]

@@ -2,7 +2,8 @@
 //!
 //! `POLLEN_FAULT="kill@rank=1,step=7,place=backward"` kills the process when it gets there. Kinds:
 //! `kill` (SIGKILL), `freeze` (SIGSTOP; go on with SIGCONT), `hold` (wait until the file
-//! `until=PATH` exists), `mark` (only write the file). Every fault first writes the file
+//! `until=PATH` exists), `mark` (only write the file), `poison` (makes the loss of the step NaN; no
+//! place). Every fault first writes the file
 //! `mark=PATH`, if given, so that a test can wait for the place to be reached. Conditions that are
 //! left out match anything; several faults are separated by `;`. A place is a phase of the step or
 //! a stage of a checkpoint such as `before MANIFEST.json`.
@@ -72,6 +73,13 @@ mod active {
     }
 
     fn strike_at(step: u64, place: &str) {
+        matching(step)
+            .filter(|fault| fault.place.as_ref().is_none_or(|wanted| wanted == place))
+            .for_each(strike);
+    }
+
+    /// Returns the faults of this process at `step`, wherever in it.
+    fn matching(step: u64) -> impl Iterator<Item = &'static Fault> {
         let faults = FAULTS.get_or_init(|| {
             let text = std::env::var("POLLEN_FAULT").unwrap_or_default();
             text.split(';')
@@ -79,18 +87,19 @@ mod active {
                 .map(parse)
                 .collect()
         });
-        let Some(&(generation, rank)) = WHO.get() else {
-            return;
-        };
-        for fault in faults {
-            let hit = fault.generation.is_none_or(|wanted| wanted == generation)
-                && fault.rank.is_none_or(|wanted| wanted == rank)
-                && fault.step.is_none_or(|wanted| wanted == step)
-                && fault.place.as_ref().is_none_or(|wanted| wanted == place);
-            if hit {
-                strike(fault);
-            }
-        }
+        let who = WHO.get().copied();
+        faults.iter().filter(move |fault| {
+            who.is_some_and(|(generation, rank)| {
+                fault.generation.is_none_or(|wanted| wanted == generation)
+                    && fault.rank.is_none_or(|wanted| wanted == rank)
+                    && fault.step.is_none_or(|wanted| wanted == step)
+            })
+        })
+    }
+
+    /// Returns whether the batches of `step` are poisoned.
+    pub(crate) fn poisons(step: u64) -> bool {
+        matching(step).any(|fault| fault.kind == "poison")
     }
 
     /// Says which step's checkpoint this thread writes from here on.
@@ -124,14 +133,14 @@ mod active {
                     std::thread::sleep(Duration::from_millis(20));
                 }
             }
-            "mark" => {}
+            "mark" | "poison" => {}
             other => panic!("POLLEN_FAULT: unknown kind `{other}`"),
         }
     }
 }
 
 #[cfg(feature = "faults")]
-pub(crate) use active::{identify, reach, reach_stage, saving};
+pub(crate) use active::{identify, poisons, reach, reach_stage, saving};
 
 /// Does nothing: faults are compiled in for tests only.
 #[cfg(not(feature = "faults"))]
@@ -148,3 +157,9 @@ pub(crate) fn reach_stage(_stage: &str) {}
 /// Does nothing: faults are compiled in for tests only.
 #[cfg(not(feature = "faults"))]
 pub(crate) fn saving(_step: u64) {}
+
+/// Returns false: faults are compiled in for tests only.
+#[cfg(not(feature = "faults"))]
+pub(crate) fn poisons(_step: u64) -> bool {
+    false
+}

@@ -10,6 +10,7 @@
 //! | [`run`] | a worker from its arguments to its exit code |
 //! | [`training_loop`] | the loop: log, save, stop |
 //! | [`step`] | one optimizer step, the whole of it |
+//! | [`verdict`] | what all ranks decide together |
 //! | [`batch`] | host batch to tensors, with noise and flow time |
 //! | [`randomness`] | randomness that belongs to the sample |
 //! | [`data_parallel`] | flat gradients, summed over ranks |
@@ -18,6 +19,7 @@
 //! | `ema` | averaged weights |
 //! | [`recovery`] | what is saved and restored with all ranks |
 //! | `saving` | writing it beside the training |
+//! | `contact_sheet` | the pictures of a step that was not finite |
 //! | [`eval`] | error of sampled actions on held-out episodes |
 //! | [`config`] | the recipe, checked as a whole |
 //! | [`signals`], [`phases`] | stop flags; the phases of a step |
@@ -34,6 +36,7 @@
 pub mod batch;
 pub mod clip;
 pub mod config;
+mod contact_sheet;
 pub mod data_parallel;
 mod ema;
 pub mod error;
@@ -53,6 +56,7 @@ pub mod schedule;
 pub mod signals;
 pub mod step;
 pub mod training_loop;
+pub mod verdict;
 mod watchdog;
 mod weights;
 

@@ -232,6 +232,7 @@ impl Worker {
         let budget = Budget::new(spent, self.args.world_size, self.clock.wall(), limit);
         let mut session = Session {
             events,
+            run_dir: self.args.run_dir.clone(),
             recovery,
             budget,
             clock: Arc::clone(&self.clock),
@@ -464,7 +465,7 @@ impl State {
                     Error::Mismatch {
                         step: head.step,
                         reason: format!(
-                            "it has no averaged weights for `{name}`; remove train.ema, or                              restore the recipe that wrote it"
+                            "it has no averaged weights for `{name}`; remove train.ema, or restore the recipe that wrote it"
                         ),
                     }
                 })

@@ -7,7 +7,7 @@ use pollen_collectives::Communicator;
 use pollen_dataloader::{BadSample, Data, HostBatch, Loader, Mixture};
 use pollen_model::{Flower, SegmentedPass};
 
-use crate::batch::BatchBuilder;
+use crate::batch::{BatchBuilder, FlowBatch, next_micro_batch};
 use crate::clip;
 use crate::config::{Group, RunConfig};
 use crate::data_parallel::{Gradients, sum_f64, to_device};
@@ -17,74 +17,7 @@ use crate::layout::{Entry, Layout};
 use crate::optim::AdamW;
 use crate::phases::{Phase, PhaseTimer};
 use crate::signals::StopFlags;
-
-/// What a rank tells the others once a step, and the sum it gets back.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Verdict {
-    /// Sum of squared errors over valid entries, divided by their global count: the loss.
-    pub loss: f64,
-    /// Valid entries that were counted in the batches themselves, those of bad samples included.
-    pub valid_entries: f64,
-    /// Samples that could not be loaded.
-    pub bad_samples: f64,
-    /// Ranks that were asked to terminate.
-    pub terminate: f64,
-    /// Ranks that were interrupted.
-    pub interrupt: f64,
-    /// Ranks whose clock says that the budget is spent.
-    pub over_budget: f64,
-    /// Ranks whose part of a checkpoint could not be written.
-    pub save_failed: f64,
-    /// Seconds waited for data.
-    pub data_wait_s: f64,
-}
-
-impl Verdict {
-    fn count(&mut self, host: &HostBatch) {
-        let in_quarantine: u64 = host.bad.iter().map(|bad| bad.entries).sum();
-        self.valid_entries += (host.num_valid() + in_quarantine) as f64;
-        self.bad_samples += host.bad.len() as f64;
-    }
-
-    fn to_vec(self) -> Vec<f64> {
-        vec![
-            self.loss,
-            self.valid_entries,
-            self.bad_samples,
-            self.terminate,
-            self.interrupt,
-            self.over_budget,
-            self.save_failed,
-            self.data_wait_s,
-        ]
-    }
-
-    fn from_slice(v: &[f64]) -> Result<Self, Error> {
-        let &[
-            loss,
-            valid_entries,
-            bad_samples,
-            terminate,
-            interrupt,
-            over_budget,
-            save_failed,
-            data_wait_s,
-        ] = v
-        else {
-            return Err(Error::internal("the reduced vector has another length"));
-        };
-        Ok(Self {
-            loss,
-            valid_entries,
-            bad_samples,
-            terminate,
-            interrupt,
-            over_budget,
-            save_failed,
-            data_wait_s,
-        })
-    }
-}
+use crate::verdict::Verdict;
 
 /// What one step did.
 #[derive(Clone, Debug)]
@@ -159,7 +92,7 @@ impl Trainer {
         let (mut delivered, mut bad) = (Vec::new(), Vec::new());
         for micro_batch in 0..self.accumulation {
             self.timer.enter(Phase::Data);
-            let host = self.loader.next_micro_batch()?;
+            let host = next_micro_batch(&mut self.loader, step + 1)?;
             verdict.count(&host);
             delivered.extend(host.sample_indices.iter().map(|&index| index as i64));
             bad.extend_from_slice(&host.bad);
@@ -212,16 +145,26 @@ impl Trainer {
         micro_batch: u32,
         valid_entries: u64,
     ) -> (SegmentedPass, Tensor<1>) {
-        let rank = self.communicator.rank();
-        let random = &self.batches.randomness;
-        let dropout = random.dropout(self.step, micro_batch, rank);
-        let batch = self.batches.flow(host, self.step, dropout, &self.model);
-        let (z, t) = (batch.noisy(), batch.time.clone());
-        let pass = self.model.segments(&batch.observation, &batch.masks, z, t);
+        let (pass, batch) = self.forward(host, self.step, micro_batch);
         let velocity = pass.velocity();
         let squares =
             pollen_model::velocity_loss(velocity, batch.noise, batch.actions, batch.valid);
         (pass, squares / valid_entries as f64)
+    }
+
+    /// Runs the model on a micro-batch with the randomness of its place in the run.
+    pub(crate) fn forward(
+        &self,
+        host: &HostBatch,
+        step: u64,
+        micro_batch: u32,
+    ) -> (SegmentedPass, FlowBatch) {
+        let rank = self.communicator.rank();
+        let dropout = self.batches.randomness.dropout(step, micro_batch, rank);
+        let batch = self.batches.flow(host, step, dropout, &self.model);
+        let (z, t) = (batch.noisy(), batch.time.clone());
+        let pass = self.model.segments(&batch.observation, &batch.masks, z, t);
+        (pass, batch)
     }
 
     /// Sums the verdicts, so that all ranks decide alike.

@@ -1,6 +1,7 @@
 //! The loop around the step: log, save, stop.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -25,6 +26,8 @@ pub struct Outcome {
 #[derive(Debug)]
 pub struct Session {
     pub(crate) events: Arc<EventLog>,
+    /// The run's local folder.
+    pub(crate) run_dir: PathBuf,
     pub(crate) recovery: Recovery,
     pub(crate) budget: Budget,
     pub(crate) clock: Arc<dyn Clock>,
@@ -166,6 +169,12 @@ fn log_step(
             reason: bad.reason.clone(),
         })?;
     }
+    let sheet = report.skipped.then(|| {
+        // A picture that cannot be made is no reason to stop.
+        crate::contact_sheet::write(trainer, trainer.step, &session.run_dir)
+            .inspect_err(|error| tracing::warn!(%error, "no contact sheet"))
+            .ok()
+    });
     if trainer.communicator.rank() != 0 {
         return Ok(());
     }
@@ -177,12 +186,12 @@ fn log_step(
     }
     let size = u64::from(trainer.config.train.global_batch);
     let done = trainer.step - 1;
-    if report.skipped {
+    if let Some(sheet) = sheet {
         session.events.append(Event::NonFinite {
             step: trainer.step,
             count: trainer.non_finite,
             samples: (done * size..(done + 1) * size).collect(),
-            contact_sheet: None,
+            contact_sheet: sheet.map(|folder| folder.display().to_string()),
         })?;
     }
     if !trainer
