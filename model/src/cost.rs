@@ -370,13 +370,15 @@ impl fmt::Display for ModelCost {
             self.micro_batch, self.value_bytes
         )?;
         let saving = &self.modulation;
+        let share = 100.0 * saving.share();
         write!(
             f,
-            "modulation: {} parameters with global_adaln, {} with adaln_zero; global_adaln saves \
-             {:.1} % of the flow transformer",
+            "modulation: {} parameters with global_adaln, {} with adaln_zero; global_adaln {} {:.1} % \
+             of the flow transformer",
             grouped(saving.global_adaln as usize),
             grouped(saving.adaln_zero as usize),
-            100.0 * saving.share()
+            if share < 0.0 { "costs" } else { "saves" },
+            share.abs()
         )
     }
 }
@@ -461,7 +463,7 @@ mod tests {
         assert_eq!(through.training_flops, 2 * through.forward_flops);
         assert!(through.kept_values > 0);
         let text = frozen.to_string();
-        assert!(text.contains("global_adaln saves"), "{text}");
+        assert!(text.contains("global_adaln costs"), "{text}");
     }
 
     #[test]

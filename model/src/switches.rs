@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::{Device, Tensor};
-use pollen_core::{ActionSpace, Seed};
+use pollen_core::{ActionSpace, ActionSpaceFile, Seed};
 
 use crate::config::{FlowerConfig, ModulationKind};
 use crate::flower::Flower;
@@ -18,10 +18,16 @@ fn spaces() -> [ActionSpace; 2] {
 /// Returns the names that got a gradient, and the samples before and after. The pass in segments
 /// must give the same gradients to the bit.
 fn step(config: &FlowerConfig, obs: &Observation) -> (Vec<String>, Vec<u32>, Vec<u32>) {
+    step_in(&spaces(), config, obs)
+}
+
+fn step_in(
+    spaces: &[ActionSpace],
+    config: &FlowerConfig,
+    obs: &Observation,
+) -> (Vec<String>, Vec<u32>, Vec<u32>) {
     let device = Device::flex().autodiff();
-    let model = config
-        .init(&spaces(), Seed::new(5), &device)
-        .expect("valid");
+    let model = config.init(spaces, Seed::new(5), &device).expect("valid");
     let before = sample(&model, obs);
     let masks = TrainMasks::new(Seed::new(6));
     let valid = model.valid_mask(&obs.spaces, &device);
@@ -232,4 +238,56 @@ fn proprioception_can_be_hidden() {
             .iter()
             .any(|name| name.starts_with("proprio_encoders."))
     );
+}
+
+/// Every file of `configs/embodiments` in one model: a new action space is a file and nothing else.
+#[test]
+fn all_embodiments_of_the_repository_train_and_sample_together() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/embodiments");
+    let mut files: Vec<_> = std::fs::read_dir(folder)
+        .expect("a folder of the repository")
+        .map(|entry| entry.expect("a file").path())
+        .collect();
+    files.sort();
+    let spaces: Vec<ActionSpace> = files
+        .iter()
+        .map(|path| {
+            let text = std::fs::read_to_string(path).expect("a text file");
+            ActionSpaceFile::parse(&text, &path.display().to_string()).expect("valid")
+        })
+        .collect();
+    let named = |name: &str| {
+        let space = spaces.iter().find(|space| space.name == name);
+        space
+            .unwrap_or_else(|| panic!("no action space {name}"))
+            .dim()
+    };
+    assert_eq!(named("mobile_manipulator"), 12);
+    assert_eq!(named("humanoid_upper_body"), 31);
+
+    let device = Device::flex().autodiff();
+    let all: Vec<usize> = (0..spaces.len()).collect();
+    let mut obs = mini_observation(&all, &device);
+    let proprio = spaces.iter().map(|space| space.proprio_dim).max();
+    let shape = [all.len(), proprio.expect("some action space")];
+    obs.proprio = Some(Tensor::full(shape, 0.5, &device));
+    let (trained, before, after) = step_in(&spaces, &mini(), &obs);
+    for space in &spaces {
+        for module in [
+            "action_encoders",
+            "action_decoders",
+            "proprio_encoders",
+            "adaln",
+        ] {
+            let expected = module != "proprio_encoders" || space.proprio_dim > 0;
+            let prefix = format!("{module}.{}.", space.name);
+            let found = trained.iter().any(|name| name.starts_with(&prefix));
+            assert_eq!(found, expected, "{prefix}");
+        }
+    }
+    let rows = before.len() / all.len();
+    let (before, after) = (before.chunks(rows), after.chunks(rows));
+    for ((before, after), space) in before.zip(after).zip(&spaces) {
+        assert_ne!(before, after, "{} learns", space.name);
+    }
 }
