@@ -71,6 +71,9 @@ mod video;
 mod writer;
 
 #[cfg(test)]
+#[path = "../../tests/damage/mod.rs"]
+mod damage;
+#[cfg(test)]
 mod tests;
 
 pub use convert::{ConvertArgs, Progress, Report, Stage, convert};

@@ -325,6 +325,8 @@ pub(crate) mod writing {
 #[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
+    use crate::damage::{damage, damaged};
+    use proptest::prelude::*;
 
     #[test]
     fn arrays_and_archives() {
@@ -376,7 +378,50 @@ mod tests {
         }
     }
 
-    proptest::proptest! {
+    /// Reads every array; none is larger than what is left of the archive can hold.
+    fn read_all(file: &[u8]) {
+        let Ok(archive) = Archive::parse(file) else {
+            return;
+        };
+        let names: Vec<String> = archive.names().map(String::from).collect();
+        for name in names {
+            if let Ok(Some(array)) = archive.array(&name) {
+                // Deflate makes at most 1,032 bytes of one.
+                assert!(array.bytes.len() <= 1032 * file.len());
+                assert_eq!(
+                    array.numbers().len() * array.element_bytes(),
+                    array.bytes.len()
+                );
+                let _ = array.integers();
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_arrays(damage in damage()) {
+            let file = writing::npy("<i4", "(2, 3)", &[7; 24]);
+            if let Ok(array) = Array::parse(&damaged(&file, &damage)) {
+                let _ = (array.numbers(), array.integers());
+            }
+        }
+
+        /// Damage below the archive's checksums: the archive itself is whole.
+        #[test]
+        fn archives_of_damaged_arrays(damage in damage()) {
+            let file = damaged(&writing::npy("<f8", "(4,)", &[3; 32]), &damage);
+            read_all(&writing::npz(&[("a", file)]));
+        }
+
+        #[test]
+        fn damaged_archives(damage in damage()) {
+            let arrays = [
+                ("a", writing::npy("|u1", "(2, 2)", &[1; 4])),
+                ("b", writing::npy("<i8", "(1,)", &[2; 8])),
+            ];
+            read_all(&damaged(&writing::npz(&arrays), &damage));
+        }
+
         #[test]
         fn any_bytes(bytes: Vec<u8>) {
             let _ = Array::parse(&bytes);

@@ -11,8 +11,9 @@ use parquet::arrow::arrow_reader::{
     ArrowReaderMetadata, ArrowReaderOptions, ParquetRecordBatchReaderBuilder,
 };
 use parquet::errors::ParquetError;
-use parquet::file::metadata::{PageIndexPolicy, ParquetMetaDataReader};
+use parquet::file::metadata::{PageIndexPolicy, ParquetMetaDataReader, RowGroupMetaData};
 use parquet::file::reader::{ChunkReader, Length};
+use pollen_core::no_panic;
 
 use crate::error::{Error, Result};
 use crate::reader::Reader;
@@ -53,10 +54,21 @@ impl ParquetFile {
         } else {
             reader.get_range(path, footer_start..bytes - TAIL as u64)?
         };
-        let metadata = ParquetMetaDataReader::decode_metadata(&footer).map_err(|e| broken(&e))?;
-        let options = ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
-        let metadata =
-            ArrowReaderMetadata::try_new(Arc::new(metadata), options).map_err(|e| broken(&e))?;
+        let parse = || {
+            let metadata =
+                ParquetMetaDataReader::decode_metadata(&footer).map_err(|e| broken(&e))?;
+            let groups = metadata.row_groups().iter();
+            for column in groups.flat_map(RowGroupMetaData::columns) {
+                let start = column.dictionary_page_offset();
+                let start = start.unwrap_or_else(|| column.data_page_offset());
+                if start < 0 || column.compressed_size() < 0 {
+                    return Err(broken(&"its footer contradicts itself"));
+                }
+            }
+            let options = ArrowReaderOptions::new().with_page_index_policy(PageIndexPolicy::Skip);
+            ArrowReaderMetadata::try_new(Arc::new(metadata), options).map_err(|e| broken(&e))
+        };
+        let metadata = no_panic(parse, |said| broken(&said))?;
         Ok(Self {
             reader: reader.clone(),
             path: path.into(),
@@ -143,8 +155,11 @@ impl ParquetFile {
             let mask = ProjectionMask::leaves(schema, leaves);
             builder = builder.with_projection(mask);
         }
-        let batches = builder.build().map_err(|e| broken(&e))?;
-        batches.map(|batch| batch.map_err(|e| broken(&e))).collect()
+        let decode = || {
+            let batches = builder.build().map_err(|e| broken(&e))?;
+            batches.map(|batch| batch.map_err(|e| broken(&e))).collect()
+        };
+        no_panic(decode, |said| broken(&said))
     }
 }
 

@@ -151,8 +151,10 @@ mod tests {
     use std::sync::Arc;
 
     use pollen_storage::{Silent, StorageConfig};
+    use proptest::prelude::*;
 
     use super::*;
+    use crate::damage::{damage, damaged};
 
     fn read_all(name: &str, file: &[u8]) -> (Vec<Record>, Option<Error>) {
         let runtime = tokio::runtime::Builder::new_current_thread()
@@ -219,6 +221,36 @@ mod tests {
             bad[at] ^= 0x10;
             let (_, error) = read_all("bad", &bad);
             assert!(matches!(error, Some(Error::Corrupt { .. })), "byte {at}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn damaged_files_give_whole_records_and_one_error(damage in damage()) {
+            let whole = [frame(b"first"), frame(&[7; 300]), frame(b"")].concat();
+            let bad = damaged(&whole, &damage);
+            let (records, error) = read_all("damaged", &bad);
+            prop_assert!(matches!(error, None | Some(Error::Corrupt { .. })), "{error:?}");
+            let read: u64 = records.iter().map(|r| HEADER + r.payload.len() as u64 + FOOTER).sum();
+            prop_assert!(read <= bad.len() as u64);
+            prop_assert_eq!(error.is_none(), read == bad.len() as u64);
+        }
+
+        /// A length whose own checksum is right is not believed either.
+        #[test]
+        fn any_length_with_a_right_checksum(length: u64, rest: Vec<u8>) {
+            let mut file = length.to_le_bytes().to_vec();
+            file.extend(masked(crc32c::crc32c(&length.to_le_bytes())).to_le_bytes());
+            file.extend(rest);
+            let (records, error) = read_all("length", &file);
+            prop_assert!(records.is_empty());
+            prop_assert!(matches!(error, Some(Error::Corrupt { .. })), "{error:?}");
+        }
+
+        #[test]
+        fn any_bytes(bytes: Vec<u8>) {
+            let (_, error) = read_all("any", &bytes);
+            prop_assert!(matches!(error, None | Some(Error::Corrupt { .. })), "{error:?}");
         }
     }
 }

@@ -11,6 +11,7 @@
 //! | [`action_space`] | names, units and padding of an embodiment's actions |
 //! | [`clock`] | time that tests can drive by hand |
 //! | [`error`] | what a caller can do about an error; exit codes with a meaning |
+//! | [`foreign`] | other people's parsers, whose panics become errors |
 //! | [`layered`] | `extends`, environment and `--set`, with the origin of every value |
 //! | [`seed`] | seeds as a tree, random numbers as a function of their position |
 //!
@@ -23,6 +24,7 @@
 pub mod action_space;
 pub mod clock;
 pub mod error;
+pub mod foreign;
 pub mod layered;
 pub mod seed;
 
@@ -30,5 +32,6 @@ pub use action_space::{ActionSpace, ActionSpaceFile};
 pub use bytesize::ByteSize;
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use error::{ErrorClass, ExitCode};
+pub use foreign::no_panic;
 pub use layered::{ConfigError, Layered};
 pub use seed::{Draws, Seed};

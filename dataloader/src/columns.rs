@@ -11,6 +11,7 @@ use arrow_array::{Array, RecordBatch};
 use futures::{StreamExt, TryStreamExt};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder};
+use pollen_core::no_panic;
 use pollen_storage::Storage;
 
 use crate::error::Result;
@@ -102,7 +103,18 @@ pub(crate) async fn read_columns(
         .try_collect()
         .await?;
     let ranges = Ranges::new(file_bytes, fetched);
-    let schema = metadata.file_metadata().schema_descr();
+    let decode = || decode_columns(name, footer, ranges, leaves, columns);
+    no_panic(decode, |said| name.bad(said))
+}
+
+fn decode_columns(
+    name: &FileName,
+    footer: &ArrowReaderMetadata,
+    ranges: Ranges,
+    leaves: Vec<usize>,
+    columns: &ColumnNames,
+) -> Result<FileColumns> {
+    let schema = footer.metadata().file_metadata().schema_descr();
     let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(ranges, footer.clone())
         .with_projection(ProjectionMask::leaves(schema, leaves))
         .with_batch_size(BATCH_ROWS)

@@ -323,6 +323,16 @@ impl Dataset {
                 self.space.dim()
             )));
         }
+        let dim = self.space.proprio_dim;
+        if dim > 0 && (columns.state.width != dim || columns.state.len() as u64 != rows) {
+            return Err(file.name.bad(format!(
+                "its states have {} dimensions in {} rows, the action space `{}` has {dim} and the \
+                 index {rows}",
+                columns.state.width,
+                columns.state.len(),
+                self.space.name
+            )));
+        }
         let tasks = self.metadata.tasks.len() as u64;
         if let Some(task) = columns.task.iter().find(|&&task| task >= tasks) {
             return Err(file
@@ -422,7 +432,7 @@ fn feature_faults(
             ));
         }
     }
-    let width = |shape: &[usize]| shape.iter().product::<usize>();
+    let width = |shape: &[usize]| shape.iter().fold(1, |all: usize, &n| all.saturating_mul(n));
     if let Some(action) = action.filter(|action| width(&action.shape) != space.dim()) {
         faults.push(format!(
             "{key}.action = \"{}\" has {} dimensions, the action space `{}` has {}",

@@ -4,6 +4,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use pollen_core::no_panic;
 use pollen_processing::Image;
 use zune_core::bytestream::ZCursor;
 use zune_core::colorspace::ColorSpace;
@@ -25,6 +26,10 @@ pub fn decode_jpeg(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, 
         };
         return Err(format!("the image {what}"));
     }
+    no_panic(|| decode_rgb(bytes, size), |said| said)
+}
+
+fn decode_rgb(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, String> {
     let failed = |error| format!("the JPEG cannot be decoded: {error:?}");
     // Strict: a file that ends early is an error and not a grey area.
     let options = DecoderOptions::default()

@@ -9,11 +9,15 @@ use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use parquet::errors::ParquetError;
+use pollen_core::no_panic;
 use pollen_storage::Storage;
 use serde::Deserialize;
 
 use crate::error::Result;
 use crate::parquet_file::FileName;
+
+/// Above this, `fps` is no frequency of a robot.
+const MAX_FPS: f64 = 1e6;
 
 /// What Pollen reads of `meta/info.json`; other keys are ignored, as LeRobot does.
 #[derive(Clone, Debug, Deserialize)]
@@ -80,7 +84,7 @@ pub(crate) async fn read_metadata(storage: &Storage, dataset: &str) -> Result<Me
             info.codebase_version
         )));
     }
-    if !(info.fps.is_finite() && info.fps > 0.0) {
+    if !(info.fps > 0.0 && info.fps <= MAX_FPS) {
         return Err(name.bad(format!("fps = {} is not a frequency", info.fps)));
     }
     let name = file(dataset, "meta/tasks.parquet");
@@ -174,12 +178,15 @@ fn parse_episodes(bytes: Bytes, name: &FileName) -> Result<Vec<Episode>> {
 /// Reads some root columns of a small Parquet file.
 fn read_columns(bytes: Bytes, name: &FileName, columns: &[&str]) -> Result<Vec<RecordBatch>> {
     let bad = |error: ParquetError| name.bad(error.to_string());
-    let builder = ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(bad)?;
-    let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
-    let reader = builder.with_projection(mask).build().map_err(bad)?;
-    reader
-        .map(|batch| batch.map_err(|e| name.bad(e.to_string())))
-        .collect()
+    let read = || {
+        let builder = ParquetRecordBatchReaderBuilder::try_new(bytes).map_err(bad)?;
+        let mask = ProjectionMask::columns(builder.parquet_schema(), columns.iter().copied());
+        let reader = builder.with_projection(mask).build().map_err(bad)?;
+        reader
+            .map(|batch| batch.map_err(|e| name.bad(e.to_string())))
+            .collect()
+    };
+    no_panic(read, |said| name.bad(said))
 }
 
 /// Returns a column of whole numbers of at least 0.

@@ -10,6 +10,7 @@ use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ArrowReaderOptions};
 use parquet::errors::ParquetError;
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use parquet::file::reader::{ChunkReader, Length};
+use pollen_core::no_panic;
 use pollen_storage::Storage;
 
 use crate::error::{Error, Result};
@@ -17,6 +18,9 @@ use crate::error::{Error, Result};
 /// Fetched with the first request; covers the footer of a file of about 40 row groups.
 const FOOTER_GUESS: u64 = 64 << 10;
 const TAIL: u64 = 8;
+/// Most rows of a row group: what the usual writers make at most. A group is decoded as a whole,
+/// so that a broken count must not be believed.
+pub(crate) const MAX_ROWS: u64 = 1 << 20;
 
 /// Names a file of a dataset in errors.
 #[derive(Clone, Debug)]
@@ -72,9 +76,39 @@ pub(crate) async fn read_footer(
             .await
             .map_err(failed)?
     };
-    let metadata =
-        ParquetMetaDataReader::decode_metadata(&bytes).map_err(|e| name.bad(e.to_string()))?;
-    with_views(Arc::new(metadata)).map_err(|e| name.bad(e.to_string()))
+    let parse = || {
+        let bad = |error: ParquetError| name.bad(error.to_string());
+        let metadata = ParquetMetaDataReader::decode_metadata(&bytes).map_err(bad)?;
+        check_sizes(&metadata, file_bytes).map_err(|reason| name.bad(reason))?;
+        with_views(Arc::new(metadata)).map_err(bad)
+    };
+    no_panic(parse, |said| name.bad(said))
+}
+
+/// Checks the numbers that readers take for offsets and lengths.
+fn check_sizes(metadata: &ParquetMetaData, file_bytes: u64) -> Result<(), String> {
+    for (number, group) in metadata.row_groups().iter().enumerate() {
+        if !(0..=MAX_ROWS as i64).contains(&group.num_rows()) {
+            return Err(format!(
+                "its row group {number} has {} rows; write {MAX_ROWS} at most",
+                group.num_rows()
+            ));
+        }
+        for column in group.columns() {
+            let start = column
+                .dictionary_page_offset()
+                .unwrap_or_else(|| column.data_page_offset());
+            let end = start.checked_add(column.compressed_size());
+            let inside = end.is_some_and(|end| start <= end && end as u64 <= file_bytes);
+            if start < 0 || !inside || column.num_values() < 0 {
+                return Err(format!(
+                    "its footer contradicts itself at row group {number}, column `{}`",
+                    column.column_path()
+                ));
+            }
+        }
+    }
+    Ok(())
 }
 
 fn footer_len(tail: &[u8]) -> Option<u64> {

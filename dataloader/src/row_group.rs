@@ -9,6 +9,7 @@ use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder};
 use parquet::basic::Compression;
+use pollen_core::no_panic;
 use tokio::sync::OnceCell;
 
 use crate::error::Result;
@@ -58,37 +59,9 @@ impl OpenRowGroup {
             }
             leaves.push(found);
         }
-        let schema = metadata.file_metadata().schema_descr();
         let ranges = Ranges::new(file_bytes, vec![(expected.offset, bytes)]);
-        let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(ranges, footer.clone())
-            .with_projection(ProjectionMask::leaves(schema, leaves))
-            .with_row_groups(vec![number])
-            .with_batch_size(expected.rows as usize)
-            .build()
-            .map_err(|e| bad(e.to_string()))?;
-        let batch = reader
-            .next()
-            .ok_or_else(|| bad("has no rows".into()))?
-            .map_err(|e| bad(e.to_string()))?;
-        if batch.num_rows() as u64 != expected.rows {
-            return Err(bad(format!(
-                "has {} rows, the index says {}",
-                batch.num_rows(),
-                expected.rows
-            )));
-        }
-        let images = features
-            .iter()
-            .map(|feature| {
-                let column = batch.column_by_name(feature)?;
-                let bytes = match column.as_struct_opt() {
-                    Some(image) => image.column_by_name("bytes")?,
-                    None => column,
-                };
-                bytes.as_binary_view_opt().cloned()
-            })
-            .collect::<Option<Vec<_>>>()
-            .ok_or_else(|| bad("an image column does not hold bytes".into()))?;
+        let decode = || decode_images(footer, ranges, number, expected.rows, leaves, features);
+        let images = no_panic(decode, |said| said).map_err(bad)?;
         Ok(Self {
             images,
             bytes: held,
@@ -100,6 +73,46 @@ impl OpenRowGroup {
         let images = &self.images[camera];
         (row < images.len() && images.is_valid(row)).then(|| images.value(row))
     }
+}
+
+/// Reads the image columns of a row group of `rows` rows.
+fn decode_images(
+    footer: &ArrowReaderMetadata,
+    ranges: Ranges,
+    number: usize,
+    rows: u64,
+    leaves: Vec<usize>,
+    features: &[String],
+) -> Result<Vec<BinaryViewArray>, String> {
+    let schema = footer.metadata().file_metadata().schema_descr();
+    let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(ranges, footer.clone())
+        .with_projection(ProjectionMask::leaves(schema, leaves))
+        .with_row_groups(vec![number])
+        .with_batch_size(rows as usize)
+        .build()
+        .map_err(|e| e.to_string())?;
+    let batch = reader
+        .next()
+        .ok_or("has no rows")?
+        .map_err(|e| e.to_string())?;
+    if batch.num_rows() as u64 != rows {
+        return Err(format!(
+            "has {} rows, the index says {rows}",
+            batch.num_rows()
+        ));
+    }
+    features
+        .iter()
+        .map(|feature| {
+            let column = batch.column_by_name(feature)?;
+            let bytes = match column.as_struct_opt() {
+                Some(image) => image.column_by_name("bytes")?,
+                None => column,
+            };
+            bytes.as_binary_view_opt().cloned()
+        })
+        .collect::<Option<Vec<_>>>()
+        .ok_or_else(|| "an image column does not hold bytes".into())
 }
 
 /// Returns the leaf that holds a feature's encoded images: `<feature>.bytes`, or the column itself.

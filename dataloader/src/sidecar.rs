@@ -7,6 +7,8 @@ use pollen_processing::ActionStats;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::parquet_file::MAX_ROWS;
+
 /// Version of the file that this build reads and writes.
 pub const SIDECAR_VERSION: u32 = 1;
 
@@ -72,6 +74,26 @@ pub struct DataFile {
     pub row_groups: Vec<RowGroup>,
 }
 
+impl DataFile {
+    /// Returns whether row groups lie inside the file, and whether its episodes are whole: each
+    /// goes on from one row group to the next without a gap.
+    fn is_consistent(&self) -> bool {
+        let mut open = None;
+        self.row_groups.iter().all(|group| {
+            let end = group.offset.checked_add(group.bytes);
+            let mut left = group.rows;
+            let spans = group.episodes.iter().all(|&(episode, first, rows)| {
+                let goes_on = first == 0 || open == Some((episode, first));
+                open = first.checked_add(rows).map(|next| (episode, next));
+                let fits = left.checked_sub(rows);
+                left = fits.unwrap_or_default();
+                goes_on && rows > 0 && fits.is_some() && open.is_some()
+            });
+            spans && left == 0 && group.rows <= MAX_ROWS && end.is_some_and(|end| end <= self.bytes)
+        })
+    }
+}
+
 /// One row group of a data file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -110,16 +132,10 @@ impl Sidecar {
         if !faults.is_empty() {
             return Err(faults.join("; "));
         }
-        for file in &sidecar.files {
-            for group in &file.row_groups {
-                let spans: u64 = group.episodes.iter().map(|&(_, _, rows)| rows).sum();
-                let end = group.offset.checked_add(group.bytes);
-                if spans != group.rows || end.is_none_or(|end| end > file.bytes) {
-                    return Err(format!("its entry for {} contradicts itself", file.path));
-                }
-            }
+        match sidecar.files.iter().find(|file| !file.is_consistent()) {
+            Some(file) => Err(format!("its entry for {} contradicts itself", file.path)),
+            None => Ok(sidecar),
         }
-        Ok(sidecar)
     }
 
     /// Returns the text of the sidecar.
@@ -215,7 +231,15 @@ mod tests {
         huge.files[0].row_groups[0].offset = u64::MAX;
         let mut rows = sidecar();
         rows.files[0].row_groups[0].rows = 6;
-        for wrong in [long, huge, rows] {
+        let with_episodes = |episodes: &[(u64, u64, u64)]| {
+            let mut wrong = sidecar();
+            wrong.files[0].row_groups[0].episodes = episodes.to_vec();
+            wrong
+        };
+        let overflow = with_episodes(&[(0, 0, u64::MAX), (1, 0, 6)]);
+        let from_elsewhere = with_episodes(&[(0, 2, 3), (1, 0, 2)]);
+        let empty = with_episodes(&[(0, 0, 5), (1, 0, 0)]);
+        for wrong in [long, huge, rows, overflow, from_elsewhere, empty] {
             let error = Sidecar::parse(&wrong.to_json()).expect_err("contradiction");
             assert!(error.contains("contradicts itself"), "{error}");
         }

@@ -2,8 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod batches;
+#[path = "../../../tests/damage/mod.rs"]
+mod damage;
 mod demo;
 mod faults;
 mod golden;
+mod hostile;
 mod order;
 mod support;
