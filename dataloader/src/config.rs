@@ -37,6 +37,9 @@ pub struct DataConfig {
     /// should fit.
     #[serde(default = "defaults::cache_bytes")]
     pub cache_bytes: ByteSize,
+    /// Keeps row groups on this node's disk as well; off unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub disk_cache: Option<DiskCacheConfig>,
     /// Micro-batches made ahead of the training step.
     #[serde(default = "defaults::prefetch_batches")]
     pub prefetch_batches: usize,
@@ -62,6 +65,19 @@ pub struct DataConfig {
     /// Folder for the indexes of datasets in storage that cannot be written to.
     #[serde(default = "defaults::index_dir")]
     pub index_dir: PathBuf,
+}
+
+/// Row groups kept on a node's disk: `disk_cache = { dir = "/scratch/pollen", bytes = "200GiB" }`.
+///
+/// All processes of the node may share the folder. A disk that is full or broken is a warning, and
+/// row groups come from storage.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskCacheConfig {
+    /// A folder on the node's own disk; made if it is not there.
+    pub dir: PathBuf,
+    /// What its files may hold together.
+    pub bytes: ByteSize,
 }
 
 /// One dataset of a mixture; lives in `configs/datasets/<name>.toml` or in the recipe.
@@ -216,6 +232,14 @@ impl DataConfig {
                 faults.push(format!("data.{key} is 0; set it to at least 1"));
             }
         }
+        if let Some(cache) = &self.disk_cache {
+            if cache.dir.as_os_str().is_empty() {
+                faults.push("data.disk_cache.dir is empty; name a folder".to_owned());
+            }
+            if cache.bytes.as_u64() == 0 {
+                faults.push("data.disk_cache.bytes is 0; leave data.disk_cache out".to_owned());
+            }
+        }
         if self.text_length < 2 {
             faults.push("data.text_length leaves no room for `<s>` and `</s>`".to_owned());
         }
@@ -344,15 +368,21 @@ mod tests {
         let text = SMALL
             .replace("image_size = 64", "image_size = 0")
             .replace("primary = 4", "left = 4")
+            .replace(
+                "[data.datasets.b]",
+                "disk_cache = { dir = \"\", bytes = 0 }\n[data.datasets.b]",
+            )
             .replace("cameras = { primary", "cameras = { left");
         let error = parse(&text)
             .expect("parses")
             .validate()
-            .expect_err("three faults")
+            .expect_err("five faults")
             .to_string();
         for part in [
             "image_size",
             "data.augment.pads.left",
+            "data.disk_cache.dir",
+            "data.disk_cache.bytes",
             "data.datasets.b.cameras",
         ] {
             assert!(error.contains(part), "{error}");

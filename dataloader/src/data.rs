@@ -11,6 +11,7 @@ use crate::columns::FileColumns;
 use crate::config::DataConfig;
 use crate::dataset::Dataset;
 use crate::decode::decode_jpeg;
+use crate::disk_cache::DiskCache;
 use crate::error::{Error, Result};
 use crate::mixture::{Mixture, MixtureSource};
 use crate::prepare::{Prepare, Texts};
@@ -58,6 +59,8 @@ impl Data {
             })
         };
         let root = opened(&config.root)?;
+        let disk_cache = config.disk_cache.as_ref().and_then(DiskCache::open);
+        let disk_cache = disk_cache.map(Arc::new);
         let mut datasets = Vec::new();
         for (name, section) in config.used() {
             let storage = match (section.url.contains("://"), section.url.is_empty()) {
@@ -73,7 +76,9 @@ impl Data {
                 &config.cameras,
                 &config.index_dir,
             );
-            datasets.push(dataset.await?);
+            let mut dataset = dataset.await?;
+            dataset.keep_on_disk(disk_cache.clone());
+            datasets.push(dataset);
         }
         let mut prepare = Vec::new();
         let mut faults = Vec::new();

@@ -10,6 +10,7 @@ use tokio::sync::OnceCell;
 
 use crate::columns::{ColumnNames, FileColumns, read_columns};
 use crate::config::DatasetConfig;
+use crate::disk_cache::{DiskCache, DiskKey};
 use crate::error::{Error, Result};
 use crate::index::load_sidecar;
 use crate::lerobot::{Metadata, read_metadata};
@@ -24,6 +25,7 @@ pub struct Dataset {
     name: String,
     config: DatasetConfig,
     storage: Storage,
+    disk_cache: Option<Arc<DiskCache>>,
     metadata: Metadata,
     sidecar: Sidecar,
     space_index: u32,
@@ -99,6 +101,7 @@ impl Dataset {
             name: name.into(),
             config: config.clone(),
             storage,
+            disk_cache: None,
             metadata,
             space_index: space_index as u32,
             space: spaces[space_index].clone(),
@@ -127,6 +130,11 @@ impl Dataset {
             }
         }
         Ok(dataset)
+    }
+
+    /// Keeps row groups in a cache on disk from now on.
+    pub(crate) fn keep_on_disk(&mut self, cache: Option<Arc<DiskCache>>) {
+        self.disk_cache = cache;
     }
 
     fn lay_out(&mut self) {
@@ -350,31 +358,44 @@ impl Dataset {
             .await
     }
 
-    /// Fetches a row group by one request and opens it.
+    /// Fetches a row group by one request, unless it is on this node's disk, and opens it.
     pub(crate) async fn open_row_group(&self, row_group: u32) -> Result<OpenRowGroup> {
         let group = self.groups[row_group as usize];
         let name = self.files[group.file].name.clone();
         let footer = self.footer(group.file).await?.clone();
         let file_bytes = self.sidecar.files[group.file].bytes;
         let expected = self.sidecar.files[group.file].row_groups[group.number].clone();
-        let range = expected.offset..expected.offset + expected.bytes;
-        let bytes = self
-            .storage
-            .get_range(&name.path, range)
-            .await
-            .map_err(|e| name.failed(e))?;
+        let on_disk = self.disk_cache.as_ref().map(|cache| {
+            let key = DiskKey::new(&self.sidecar.files[group.file], &expected);
+            (Arc::clone(cache), key)
+        });
+        let found = match on_disk.clone() {
+            Some((cache, key)) => blocking(move || cache.get(&key)).await?,
+            None => None,
+        };
+        // What was found there is not written there.
+        let to_disk = on_disk.filter(|_| found.is_none());
+        let bytes = if let Some(bytes) = found {
+            bytes
+        } else {
+            let range = expected.offset..expected.offset + expected.bytes;
+            let fetched = self.storage.get_range(&name.path, range).await;
+            fetched.map_err(|e| name.failed(e))?
+        };
         let features = self.features.clone();
         // The checksum and the views of some MiB take a millisecond or two.
-        tokio::task::spawn_blocking(move || {
+        blocking(move || {
             let number = group.number;
-            OpenRowGroup::read(
+            let kept = bytes.clone();
+            let open = OpenRowGroup::read(
                 &name, &footer, file_bytes, number, &expected, bytes, &features,
-            )
+            )?;
+            if let Some((cache, key)) = to_disk {
+                cache.put(&key, &kept);
+            }
+            Ok(open)
         })
-        .await
-        .map_err(|_| Error::Ended {
-            part: "row-group reader",
-        })?
+        .await?
     }
 
     /// Names a frame in an error.
@@ -386,6 +407,14 @@ impl Dataset {
             reason: reason.into(),
         }
     }
+}
+
+/// Runs work on a thread that may block.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
+    let joined = tokio::task::spawn_blocking(work).await;
+    joined.map_err(|_| Error::Ended {
+        part: "row-group reader",
+    })
 }
 
 /// Checks the recipe's columns against `info.json`.

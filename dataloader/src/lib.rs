@@ -17,6 +17,7 @@
 //! | [`data`] | the opened datasets of a run |
 //! | [`dataset`] | one opened dataset |
 //! | [`decode`] | JPEG to pixels, on a pool of threads |
+//! | `disk_cache` | row groups on the node's disk, shared by its processes |
 //! | [`error`] | what can go wrong |
 //! | [`index`] | checksums, episode spans and statistics of a dataset |
 //! | [`lerobot`] | LeRobotDataset v3.0 metadata |
@@ -49,6 +50,7 @@ pub mod config;
 pub mod data;
 pub mod dataset;
 pub mod decode;
+mod disk_cache;
 pub mod error;
 pub mod index;
 pub mod lerobot;
@@ -64,7 +66,7 @@ pub mod sidecar;
 pub mod summary;
 
 pub use batch::{BadSample, BatchDims, HostBatch, ModelShape};
-pub use config::{Augment, DataConfig, DatasetConfig, Instruction, WeightMeaning};
+pub use config::{Augment, DataConfig, DatasetConfig, DiskCacheConfig, Instruction, WeightMeaning};
 pub use data::{Data, OpenStorage};
 pub use dataset::Dataset;
 pub use error::{Error, Result};

@@ -5,6 +5,7 @@ mod batches;
 #[path = "../../../tests/damage/mod.rs"]
 mod damage;
 mod demo;
+mod disk_cache;
 mod faults;
 mod golden;
 mod hostile;

@@ -266,6 +266,7 @@ pub(crate) fn config(root: &Path, specs: &[Spec]) -> DataConfig {
         },
         window_bytes: ByteSize::kib(128),
         cache_bytes: ByteSize::kib(200),
+        disk_cache: None,
         prefetch_batches: 3,
         decode_threads: 2,
         mask_padding: false,
