@@ -12,6 +12,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
     ("observe", &["core"]),
     ("convert", &["core", "processing", "storage"]),
     ("checkpoints", &["core", "storage"]),
+    ("weights", &["core", "model", "storage"]),
     ("dataloader", &["core", "processing", "storage"]),
     (
         "trainer",
@@ -24,6 +25,7 @@ const ALLOWED: &[(&str, &[&str])] = &[
             "observe",
             "checkpoints",
             "dataloader",
+            "weights",
         ],
     ),
     ("launcher", &["core", "collectives", "observe"]),

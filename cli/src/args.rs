@@ -38,6 +38,9 @@ pub(crate) enum Command {
     /// Describes a recipe's model
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Brings published weights in
+    #[command(subcommand)]
+    Weights(WeightsCommand),
 }
 
 /// A recipe and what is changed in it.
@@ -194,4 +197,65 @@ pub(crate) struct DescribeArgs {
     /// Prints JSON, in counts and bytes
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum WeightsCommand {
+    /// Checks published weights of Florence-2 or FLOWER against a recipe's model and writes them
+    /// under canonical names, to start a run from with --set init.from=DST
+    Import(ImportArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ImportArgs {
+    /// The weights: a .safetensors file or a folder of one or of shards, as a path or URL
+    pub(crate) source: String,
+    /// Folder or URL to write to
+    pub(crate) destination: String,
+    /// Name of a file in recipes/, or a path: the model that the weights must fit
+    #[arg(long)]
+    pub(crate) recipe: String,
+    /// Overrides one key of the recipe; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// Prints what would become of every key, and stops
+    #[arg(long)]
+    pub(crate) dry_run: bool,
+    /// Parameters that the source may lack: a prefix of their names, or head or vlm; may be
+    /// repeated
+    #[arg(long, value_name = "PREFIX")]
+    pub(crate) allow_missing: Vec<String>,
+    /// Keys of the source that may be left over, by prefix; may be repeated
+    #[arg(long, value_name = "PREFIX")]
+    pub(crate) allow_unexpected: Vec<String>,
+    /// Cross-attention mask that the flow transformer was trained with: additive, boolean or none
+    #[arg(long, value_name = "MASK", value_parser = named::<pollen_model::CrossAttentionMask>)]
+    pub(crate) cross_attention_mask: Option<pollen_model::CrossAttentionMask>,
+    /// Norm that the flow transformer was trained with: rms, or variance (early releases of timm)
+    #[arg(long, value_name = "NORM", value_parser = named::<pollen_model::NormVariant>)]
+    pub(crate) norm: Option<pollen_model::NormVariant>,
+    /// Base of the rotary positions, where the source has no tables of them
+    #[arg(long, value_name = "THETA")]
+    pub(crate) rope_theta: Option<f64>,
+    /// Where the prompt vector comes from, if a FLOWER checkpoint lacks it: the weights of
+    /// Florence-2, or `mean` for the mean row of the checkpoint's own token table
+    #[arg(long, value_name = "URL|mean")]
+    pub(crate) prompt_from: Option<String>,
+    /// Which weights are taken from a file that holds both
+    #[arg(long, value_name = "KIND")]
+    pub(crate) weights: Option<WhichWeights>,
+}
+
+/// One of two sets of weights in a file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum WhichWeights {
+    /// The exponential moving average
+    Ema,
+    /// What the optimizer left
+    Raw,
+}
+
+/// Reads a name as a recipe has it.
+fn named<T: serde::de::DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(text.into()).map_err(|error: serde_json::Error| error.to_string())
 }

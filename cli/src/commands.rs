@@ -7,4 +7,5 @@ pub(crate) mod data;
 pub(crate) mod launch;
 pub(crate) mod model;
 pub(crate) mod plan;
+pub(crate) mod weights;
 pub(crate) mod worker;

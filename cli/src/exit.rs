@@ -84,6 +84,11 @@ fn class_of(cause: &(dyn std::error::Error + 'static)) -> Option<ErrorClass> {
             .downcast_ref::<pollen_model::Error>()
             .map(pollen_model::Error::class)
     })
+    .or_else(|| {
+        cause
+            .downcast_ref::<pollen_weights::Error>()
+            .map(pollen_weights::Error::class)
+    })
 }
 
 /// Returns an error with its causes, each once: many messages hold their cause already.

@@ -89,6 +89,7 @@ pub use flat::ParameterInfo;
 pub use flow_transformer::Context;
 pub use flower::Flower;
 pub use observation::{Observation, TrainMasks};
-pub use parameters::{ParameterSpec, ParameterTable};
+pub use parameters::{PROMPT, ParameterSpec, ParameterTable, TOKEN_TABLE};
 pub use rectified_flow::{noisy_actions, velocity_loss};
+pub use rope::tables as rope_tables;
 pub use segments::{Backward, SegmentedPass};

@@ -13,9 +13,9 @@ use crate::config::{
 };
 
 /// Name of the token table.
-pub(crate) const TOKEN_TABLE: &str = "vlm.language_model.model.shared.weight";
+pub const TOKEN_TABLE: &str = "vlm.language_model.model.shared.weight";
 /// Name of the prompt vector, saved with the weights but not trained.
-pub(crate) const PROMPT: &str = "prompt_embeds";
+pub const PROMPT: &str = "prompt_embeds";
 /// Name of the text encoder.
 pub(crate) const ENCODER: &str = "vlm.language_model.model.encoder";
 /// Standard deviation of the initial embeddings and of the encoders' linear layers.

@@ -44,7 +44,7 @@ impl Rope {
 
 /// Returns cosines and sines of `position * theta^(-2j / head_dim)`, position by position. The
 /// angles are rounded to f32 as the published tables have them.
-pub(crate) fn tables(theta: f64, positions: usize, head_dim: usize) -> (Vec<f32>, Vec<f32>) {
+pub fn tables(theta: f64, positions: usize, head_dim: usize) -> (Vec<f32>, Vec<f32>) {
     let mut cos = Vec::with_capacity(positions * head_dim / 2);
     let mut sin = Vec::with_capacity(positions * head_dim / 2);
     for position in 0..positions {

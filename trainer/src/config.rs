@@ -20,6 +20,9 @@ pub struct RunConfig {
     pub action_spaces: Vec<ActionSpace>,
     /// The model.
     pub model: FlowerConfig,
+    /// The weights that a new run starts from.
+    #[serde(default)]
+    pub init: crate::initial::InitConfig,
     /// The data.
     pub data: pollen_dataloader::DataConfig,
     /// The training step.

@@ -26,6 +26,9 @@ pub enum Error {
     /// The model could not be built.
     #[error(transparent)]
     Model(#[from] pollen_model::Error),
+    /// The weights to start from could not be read or do not fit.
+    #[error("init.from: {0}")]
+    Weights(#[from] pollen_weights::Error),
     /// A file of the run could not be read or written.
     #[error("{path}: {source}")]
     File {
@@ -101,6 +104,7 @@ impl Error {
             Self::Collective(error) => error.class(),
             Self::Observe(error) => error.class(),
             Self::Model(error) => error.class(),
+            Self::Weights(error) => error.class(),
             Self::File { .. } | Self::Unpublished { .. } | Self::Hang { .. } => {
                 ErrorClass::Retryable
             }

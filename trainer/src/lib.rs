@@ -18,6 +18,7 @@
 //! | [`optim`], [`clip`], [`schedule`] | AdamW, the global norm, learning rates and EMA decay |
 //! | `ema` | averaged weights |
 //! | [`recovery`] | what is saved and restored with all ranks |
+//! | `initial` | the weights a new run starts from |
 //! | `saving` | writing it beside the training |
 //! | `contact_sheet` | the pictures of a step that was not finite |
 //! | [`eval`] | error of sampled actions on held-out episodes |
@@ -44,6 +45,7 @@ pub mod eval;
 mod faults;
 #[cfg(test)]
 mod golden;
+mod initial;
 pub mod layout;
 pub mod optim;
 pub mod phases;

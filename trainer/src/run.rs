@@ -217,6 +217,12 @@ impl Worker {
         if let Some(restored) = &restored {
             recovery.check(restored, self.args.accept_new_data)?;
         }
+        let model = if restored.is_some() {
+            model
+        } else {
+            let observer = Arc::clone(&self.observer);
+            crate::initial::load(model, config, &device, self.runtime.handle(), observer)?
+        };
         let state = State::load(
             model,
             config.train.ema.as_ref(),
