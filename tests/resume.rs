@@ -97,6 +97,22 @@ fn averaged_weights_are_saved_restored_and_evaluated() {
 }
 
 #[test]
+fn activations_that_are_computed_again_train_the_same_weights() {
+    let lab = Lab::folder();
+    let kept = lab.launch("kept", 1).run().expect(0);
+    let again = lab
+        .launch("again", 1)
+        .set(&[r#"model.recompute=["vision", "language", "flow"]"#])
+        .run()
+        .expect(0);
+    assert_eq!(again.losses(), kept.losses());
+    assert_eq!(
+        again.state_hashes(&lab, STEPS),
+        kept.state_hashes(&lab, STEPS)
+    );
+}
+
+#[test]
 fn a_kill_inside_a_checkpoint_loses_nothing() {
     let lab = Lab::folder();
     let want = lab

@@ -1,5 +1,7 @@
 //! Sizes and switches of FLOWER: the `[model]` table of a recipe.
 
+use std::collections::BTreeSet;
+
 use burn::tensor::Device;
 use pollen_core::{ActionSpace, Seed};
 use serde::{Deserialize, Serialize};
@@ -47,6 +49,18 @@ pub enum CrossAttentionMask {
     Boolean,
     /// It is ignored.
     None,
+}
+
+/// A part of the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Part {
+    /// The image tower.
+    Vision,
+    /// The text encoder.
+    Language,
+    /// The flow transformer.
+    Flow,
 }
 
 /// The normalisation without mean subtraction that the flow transformer uses.
@@ -167,6 +181,10 @@ pub struct FlowerConfig {
     /// runs without its own dropout.
     #[serde(default)]
     pub frozen: Vec<String>,
+    /// Parts of which training keeps no activations but the inputs of each block, and computes
+    /// the others once more in the backward pass: the same bits in less memory and more time.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    pub recompute: BTreeSet<Part>,
     /// The image tower.
     pub vision: VisionConfig,
     /// The text encoder.

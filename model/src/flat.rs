@@ -75,6 +75,8 @@ type TakeGradient = dyn FnOnce(&mut Gradients) -> Option<Tensor<1>>;
 /// A parameter whose gradient is still to come.
 pub(crate) struct Pending {
     pub(crate) name: String,
+    /// Whether it gets one at all.
+    pub(crate) trained: bool,
     take: Box<TakeGradient>,
 }
 
@@ -93,6 +95,7 @@ impl EachParameter for AllPending {
         let base = param.base();
         self.0.push(Pending {
             name,
+            trained: base.is_require_grad(),
             take: Box::new(move |grads| base.grad_remove(grads).map(flatten)),
         });
     }

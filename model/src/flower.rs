@@ -24,7 +24,7 @@ pub struct Flower {
     #[module(skip)]
     pub(crate) frozen: BTreeSet<String>,
     #[module(skip)]
-    config: FlowerConfig,
+    pub(crate) config: FlowerConfig,
 }
 
 impl Flower {

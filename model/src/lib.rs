@@ -81,7 +81,7 @@ mod testing;
 
 pub use config::{
     CrossAttentionMask, EncoderMask, FlowConfig, FlowerConfig, LanguageConfig, ModulationKind,
-    NormVariant, TokenOrder, VisionConfig,
+    NormVariant, Part, TokenOrder, VisionConfig,
 };
 pub use cost::{ModelCost, ModulationSaving, PartCost};
 pub use error::Error;

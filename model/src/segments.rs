@@ -8,12 +8,17 @@
 //! segment is done, start the backward pass of the earlier one as those of (values * gradients).
 //! The bits are those of one tape over all: every tensor that crosses a cut is used by one block
 //! and handed on, so no sum of gradients changes its order.
+//!
+//! The blocks of a part that `model.recompute` names are segments of their own. Their forward pass
+//! records nothing; the backward pass runs it again, with the same draws, and records.
 
 use std::ops::Range;
 
+use burn::module::Module;
 use burn::tensor::{Gradients, Int, Tensor};
 use pollen_core::Seed;
 
+use crate::config::Part;
 use crate::flat::Pending;
 use crate::flow_transformer::{Encoded, FlowState};
 use crate::flower::Flower;
@@ -76,15 +81,18 @@ struct Inputs {
 
 /// A segment after its forward pass.
 struct Done {
+    segment: Segment,
     /// Leaves of the segment's tape.
     input: State,
-    /// Its results, on the segment's tape.
-    output: State,
+    /// Its results, on the segment's tape; none: to be computed again.
+    output: Option<State>,
     parameters: Vec<Pending>,
 }
 
 /// A forward pass in training whose backward pass runs segment by segment.
 pub struct SegmentedPass {
+    model: Flower,
+    inputs: Inputs,
     segments: Vec<Done>,
     velocity: Tensor<3>,
 }
@@ -92,6 +100,8 @@ pub struct SegmentedPass {
 /// A backward pass in progress: an iterator over the gradients of one segment after another, the
 /// last segment first. Every parameter of the model occurs once, with no gradient if it got none.
 pub struct Backward {
+    model: Flower,
+    inputs: Inputs,
     segments: Vec<Done>,
     grads: Gradients,
     /// Leaves behind the next segment, whose gradients are in `grads`.
@@ -113,14 +123,34 @@ impl Flower {
     ) -> SegmentedPass {
         let inputs = self.inputs(obs, masks, z, t);
         let plan = self.plan();
-        let mut parameters = self.parameters_of(&plan);
+        let parameters = self.parameters_of(&plan);
+        let untrained = || self.clone().no_grad();
+        let untrained = (!self.config().recompute.is_empty()).then(untrained);
         let mut state = State::Map(channels_last(all_cameras(obs.images.clone())));
         let mut segments = Vec::with_capacity(plan.len());
-        for (segment, parameters) in plan.iter().zip(parameters.drain(..)) {
+        for (segment, parameters) in plan.into_iter().zip(parameters) {
             let input = state;
-            let output = self.run(segment, &inputs, input.clone());
-            state = output.leaves();
+            let output;
+            match &untrained {
+                Some(untrained) if self.is_recomputed(&segment) => {
+                    let trains = parameters.iter().any(|parameter| parameter.trained);
+                    // What blocks hand on as it is stays as it was.
+                    let [x, context, cond, global] = input.tracked();
+                    let x = trains || x || context || cond || global;
+                    state = untrained
+                        .run(&segment, &inputs, input.leaves([false; 4]))
+                        .leaves([x, context, cond, global]);
+                    // Where nothing is trained the backward pass has nothing to compute again.
+                    output = (!x).then(|| state.clone());
+                }
+                _ => {
+                    let tracked = self.run(&segment, &inputs, input.clone());
+                    state = tracked.leaves(tracked.tracked());
+                    output = Some(tracked);
+                }
+            }
             segments.push(Done {
+                segment,
                 input,
                 output,
                 parameters,
@@ -129,7 +159,18 @@ impl Flower {
         let State::Velocity(velocity) = state else {
             unreachable!("the last segment returns a velocity");
         };
-        SegmentedPass { segments, velocity }
+        SegmentedPass {
+            model: self.clone(),
+            inputs,
+            segments,
+            velocity,
+        }
+    }
+
+    fn is_recomputed(&self, segment: &Segment) -> bool {
+        segment
+            .part()
+            .is_some_and(|part| self.config().recompute.contains(&part))
     }
 
     fn inputs(&self, obs: &Observation, masks: &TrainMasks, z: Tensor<3>, t: Tensor<1>) -> Inputs {
@@ -159,16 +200,21 @@ impl Flower {
     /// Lists the segments in the order of the forward pass.
     fn plan(&self) -> Vec<Segment> {
         let tower = &self.encoder.vision_tower;
+        let cut = |part, blocks| {
+            let recomputed = self.config().recompute.contains(&part);
+            cut(blocks, if recomputed { 1 } else { BLOCKS_PER_SEGMENT })
+        };
         let mut plan = Vec::new();
         for stage in 0..tower.blocks.len() {
             let blocks = tower.first_block(stage)..tower.first_block(stage + 1);
-            plan.extend(cut(blocks).map(Segment::Vision));
+            plan.extend(cut(Part::Vision, blocks).map(Segment::Vision));
         }
         plan.push(Segment::Join);
         let layers = self.encoder.language_model.encoder.layers.len();
-        plan.extend(cut(0..layers).map(Segment::Language));
+        plan.extend(cut(Part::Language, 0..layers).map(Segment::Language));
         plan.push(Segment::Condition);
-        plan.extend(cut(0..self.head.dit.len()).map(Segment::Flow));
+        let blocks = self.head.dit.len();
+        plan.extend(cut(Part::Flow, 0..blocks).map(Segment::Flow));
         plan
     }
 
@@ -262,15 +308,25 @@ impl Flower {
     }
 }
 
-/// Cuts blocks into as many as one segment takes.
-fn cut(blocks: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+/// Cuts blocks into pieces of `count`.
+fn cut(blocks: Range<usize>, count: usize) -> impl Iterator<Item = Range<usize>> {
     let end = blocks.end;
     blocks
-        .step_by(BLOCKS_PER_SEGMENT)
-        .map(move |first| first..end.min(first + BLOCKS_PER_SEGMENT))
+        .step_by(count)
+        .map(move |first| first..end.min(first + count))
 }
 
 impl Segment {
+    /// Returns the part that a recipe may name; none for the joints between parts.
+    fn part(&self) -> Option<Part> {
+        match self {
+            Self::Vision(_) => Some(Part::Vision),
+            Self::Language(_) => Some(Part::Language),
+            Self::Flow(_) => Some(Part::Flow),
+            Self::Join | Self::Condition => None,
+        }
+    }
+
     /// Returns whether the segment covers `unit`.
     fn holds(&self, unit: &Self) -> bool {
         let covers =
@@ -285,18 +341,34 @@ impl Segment {
 }
 
 impl State {
-    /// Returns the values as leaves, which keep gradients where something before them is trained.
-    fn leaves(&self) -> Self {
+    /// Returns which of the tensors gradients lead back from: of a state of one tensor the first.
+    fn tracked(&self) -> [bool; 4] {
+        let first = |tracked| [tracked, false, false, false];
         match self {
-            Self::Map(map) => Self::Map(leaf(map)),
-            Self::Tokens(tokens) => Self::Tokens(leaf(tokens)),
+            Self::Map(map) => first(map.is_tracked()),
+            Self::Tokens(x) | Self::Velocity(x) => first(x.is_tracked()),
+            Self::Flow(state) => [
+                state.x_BTD.is_tracked(),
+                state.context_BSD.is_tracked(),
+                state.cond_BD.is_tracked(),
+                state.global.as_ref().is_some_and(Tensor::is_tracked),
+            ],
+        }
+    }
+
+    /// Returns the values as leaves that keep gradients where `tracked` says so.
+    fn leaves(&self, tracked: [bool; 4]) -> Self {
+        let [x, context, cond, global] = tracked;
+        match self {
+            Self::Map(map) => Self::Map(leaf(map, x)),
+            Self::Tokens(tokens) => Self::Tokens(leaf(tokens, x)),
+            Self::Velocity(velocity) => Self::Velocity(leaf(velocity, x)),
             Self::Flow(state) => Self::Flow(Box::new(FlowState {
-                x_BTD: leaf(&state.x_BTD),
-                context_BSD: leaf(&state.context_BSD),
-                cond_BD: leaf(&state.cond_BD),
-                global: state.global.as_ref().map(leaf),
+                x_BTD: leaf(&state.x_BTD, x),
+                context_BSD: leaf(&state.context_BSD, context),
+                cond_BD: leaf(&state.cond_BD, cond),
+                global: state.global.as_ref().map(|x| leaf(x, global)),
             })),
-            Self::Velocity(velocity) => Self::Velocity(leaf(velocity)),
         }
     }
 
@@ -324,9 +396,8 @@ impl State {
     }
 }
 
-fn leaf<const D: usize>(values: &Tensor<D>) -> Tensor<D> {
-    let trained = values.is_tracked();
-    values.clone().detach().set_require_grad(trained)
+fn leaf<const D: usize>(values: &Tensor<D>, tracked: bool) -> Tensor<D> {
+    values.clone().detach().set_require_grad(tracked)
 }
 
 fn weighted<const D: usize>(
@@ -351,6 +422,8 @@ impl SegmentedPass {
     /// When the loss does not depend on the velocity, or nothing in the model is trained.
     pub fn backward(self, loss: &Tensor<1>) -> Backward {
         Backward {
+            model: self.model,
+            inputs: self.inputs,
             grads: loss.backward(),
             leaves: State::Velocity(self.velocity),
             segments: self.segments,
@@ -363,7 +436,13 @@ impl Iterator for Backward {
 
     fn next(&mut self) -> Option<Self::Item> {
         let done = self.segments.pop()?;
-        if let Some(root) = done.output.root(&self.leaves, &mut self.grads) {
+        let again = || {
+            self.model
+                .run(&done.segment, &self.inputs, done.input.clone())
+        };
+        let output = done.output.unwrap_or_else(again);
+        let root = output.root(&self.leaves, &mut self.grads);
+        if let Some(root) = root.filter(Tensor::is_tracked) {
             self.grads = root.backward();
         }
         self.leaves = done.input;
@@ -393,7 +472,7 @@ mod tests {
     use super::*;
     use crate::config::FlowerConfig;
     use crate::testing::{bits, hold_generator, mini, mini_observation, space};
-    use burn::module::{Module, ModuleMapper, Param};
+    use burn::module::{ModuleMapper, Param};
     use burn::tensor::{Device, TensorData};
 
     /// Several segments in each part, every dropout on.
@@ -444,6 +523,13 @@ mod tests {
             dropout: Seed::new(3),
             depth_keep: Some(depth),
             token_keep: Some(tokens.reshape([batch, context, width])),
+        }
+    }
+
+    impl Flower {
+        fn recomputing(mut self, parts: [Part; 3]) -> Self {
+            self.config.recompute = parts.into();
+            self
         }
     }
 
@@ -498,6 +584,28 @@ mod tests {
         for (info, (name, grad)) in model.parameters().iter().zip(&whole.1) {
             assert_eq!(grad.is_some(), info.trained && !absent(name), "{name}");
         }
+    }
+
+    #[test]
+    fn activations_that_are_computed_again_change_no_bit() {
+        let device = Device::flex().autodiff();
+        let parts = [Part::Vision, Part::Language, Part::Flow];
+        let cases = [vec![parts[0]], vec![parts[1]], vec![parts[2]], parts.into()];
+        for recompute in cases {
+            let config = FlowerConfig {
+                recompute: recompute.into_iter().collect(),
+                ..deep()
+            };
+            let model = model(&config, &device);
+            let segments = model.plan().len();
+            assert!(segments > deep_plan(&device), "{segments} segments");
+            let [whole, cut] = both(&model, &device);
+            assert_same(&whole, &cut);
+        }
+    }
+
+    fn deep_plan(device: &Device) -> usize {
+        model(&deep(), device).plan().len()
     }
 
     #[test]
@@ -570,6 +678,10 @@ mod tests {
             let model = model(&deep(), &device).map(&mut Freeze { path, frozen });
             let [whole, cut] = both(&model, &device);
             assert_same(&whole, &cut);
+            let again = model
+                .clone()
+                .recomputing([Part::Vision, Part::Language, Part::Flow]);
+            assert_same(&whole, &both(&again, &device)[1]);
             let trained = whole.1.iter().filter(|(_, grad)| grad.is_some()).count();
             assert!(0 < trained && trained < whole.1.len(), "case {case}");
         }

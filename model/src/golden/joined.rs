@@ -20,6 +20,7 @@ fn model(golden: &Golden, device: &Device) -> Flower {
         token_dropout: 0.0,
         proprioception: true,
         frozen: Vec::new(),
+        recompute: [].into(),
         vision: golden.vision_config(),
         language: golden.language_config("vl", "vh"),
         flow: golden.flow_config("dit.0."),
