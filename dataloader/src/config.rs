@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use bytesize::ByteSize;
-use pollen_processing::{Augmentation, CropAndColor, ResizeKind};
+use pollen_processing::{Augmentation, CropAndColor, ResizeKind, Transform};
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -50,6 +50,9 @@ pub struct DataConfig {
     /// the last action; FLOWER counts them.
     #[serde(default)]
     pub mask_padding: bool,
+    /// How many steps of a chunk count.
+    #[serde(default)]
+    pub chunk_length: ChunkLength,
     /// Samples of a run that cannot be loaded (corrupt image or file, missing object, an action that
     /// is no number) and are left out of the loss, each recorded, before the run stops.
     #[serde(default = "defaults::max_bad_samples")]
@@ -100,6 +103,18 @@ pub struct DatasetConfig {
     /// Feature that holds the proprioception; empty for none.
     #[serde(default = "defaults::state")]
     pub state: String,
+    /// What stored actions and states become.
+    #[serde(default)]
+    pub transform: Transform,
+    /// What the actions are, after the transform.
+    #[serde(default)]
+    pub motion: Motion,
+    /// Frames that no sample starts at.
+    #[serde(default)]
+    pub filters: Filters,
+    /// Steps of an action chunk that its control rate asks for; 0 takes the model's.
+    #[serde(default)]
+    pub chunk_length: usize,
     /// Where the instruction comes from.
     #[serde(default)]
     pub instruction: Instruction,
@@ -111,6 +126,41 @@ pub struct DatasetConfig {
     /// Episodes kept for evaluation: never trained on.
     #[serde(default)]
     pub holdout_episodes: BTreeSet<u64>,
+}
+
+/// Frames that no sample starts at. They stay in storage and in the chunks of the frames before.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Filters {
+    /// Those without an instruction.
+    pub unlabelled: bool,
+    /// Those in which no dimension moves by more than this, in its own unit, and the gripper stays
+    /// as it is; 0 keeps them.
+    pub idle_below: f32,
+}
+
+/// What an action is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Motion {
+    /// A change within the step.
+    #[default]
+    Delta,
+    /// A target.
+    Absolute,
+    /// A change per second.
+    Velocity,
+}
+
+/// How many steps of an action chunk count in the loss.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ChunkLength {
+    /// All that the model predicts.
+    #[default]
+    Model,
+    /// As many as the dataset's `chunk_length` says.
+    Dataset,
 }
 
 /// What the weight of a dataset means.

@@ -8,7 +8,7 @@ use pollen_storage::Storage;
 
 use crate::batch::{BadSample, BatchDims, HostBatch, ModelShape};
 use crate::columns::FileColumns;
-use crate::config::DataConfig;
+use crate::config::{ChunkLength, DataConfig};
 use crate::dataset::Dataset;
 use crate::decode::decode_jpeg;
 use crate::disk_cache::DiskCache;
@@ -127,7 +127,7 @@ impl Data {
 
     /// Returns (name, hash) of each dataset, for the checkpoint's manifest.
     pub fn hashes(&self) -> Vec<(String, String)> {
-        let hash = |d: &Dataset| (d.name().to_owned(), d.sidecar().dataset_hash.clone());
+        let hash = |d: &Dataset| (d.name().to_owned(), d.sidecar().samples_hash());
         self.datasets.iter().map(hash).collect()
     }
 
@@ -181,11 +181,22 @@ impl Data {
     /// Returns how many entries of a sample count in the loss: the same on every rank, from the
     /// sample alone.
     pub fn valid_entries(&self, sample: SampleRef) -> u64 {
-        self.datasets[sample.dataset as usize].valid_entries(
-            sample,
-            self.shape.action_horizon,
-            self.config.mask_padding,
-        )
+        let dataset = &self.datasets[sample.dataset as usize];
+        (self.counted_steps(sample) * dataset.action_space().dim()) as u64
+    }
+
+    /// Returns how many steps of a sample's action chunk count in the loss.
+    fn counted_steps(&self, sample: SampleRef) -> usize {
+        let dataset = &self.datasets[sample.dataset as usize];
+        let mut steps = self.shape.action_horizon;
+        let own = dataset.config().chunk_length;
+        if self.config.chunk_length == ChunkLength::Dataset && own > 0 {
+            steps = steps.min(own);
+        }
+        if self.config.mask_padding {
+            steps = steps.min(dataset.steps_left(sample.frame) as usize);
+        }
+        steps
     }
 
     /// Returns the bytes of row groups held open.
@@ -246,16 +257,12 @@ impl Data {
         let chunk = prepare.chunk(&columns.action, row, rows_left, action_horizon);
         let chunk = chunk.map_err(|reason| dataset.bad_frame(sample, reason))?;
         let width = dataset.action_space().dim();
-        let real_steps = if self.config.mask_padding {
-            rows_left
-        } else {
-            action_horizon
-        };
+        let counted = self.counted_steps(sample);
         let valid = &mut batch.valid[slot * entries..(slot + 1) * entries];
         for (step, action) in chunk.chunks_exact(width).enumerate() {
             let at = step * action_width;
             actions[at..at + width].copy_from_slice(action);
-            valid[at..at + width].fill(u8::from(step < real_steps));
+            valid[at..at + width].fill(u8::from(step < counted));
         }
         if dataset.action_space().proprio_dim > 0 {
             let proprio = prepare
@@ -366,10 +373,8 @@ impl Data {
                 let chunk = prepare.chunk(&columns.action, row, rows_left, action_horizon);
                 // A frame that cannot be used is reported when it is loaded.
                 let Ok(chunk) = chunk else { continue };
-                for (step, action) in chunk.chunks_exact(width).enumerate() {
-                    if self.config.mask_padding && step >= rows_left {
-                        break;
-                    }
+                let counted = self.counted_steps(sample);
+                for (step, action) in chunk.chunks_exact(width).take(counted).enumerate() {
                     let entries = &mut sums[step * action_width..][..width];
                     for (entry, &value) in entries.iter_mut().zip(action) {
                         entry.0 += weight * f64::from(value);

@@ -1,5 +1,6 @@
 //! One opened dataset: its tables, and access to its columns and row groups.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -12,12 +13,14 @@ use crate::columns::{ColumnNames, FileColumns, read_columns};
 use crate::config::DatasetConfig;
 use crate::disk_cache::{DiskCache, DiskKey};
 use crate::error::{Error, Result};
+use crate::features::feature_faults;
 use crate::index::load_sidecar;
 use crate::lerobot::{Metadata, read_metadata};
 use crate::parquet_file::{FileName, read_footer};
 use crate::row_group::OpenRowGroup;
 use crate::sampler::{RowGroupFrames, Run, SampleRef};
-use crate::sidecar::{Sidecar, Transform};
+use crate::sidecar::Sidecar;
+use crate::transform::ColumnTransform;
 
 /// A dataset that is ready to be read.
 #[derive(Debug)]
@@ -78,7 +81,6 @@ impl Dataset {
         index_dir: &Path,
     ) -> Result<Self> {
         let metadata = read_metadata(&storage, name).await?;
-        let transform = Transform::columns(&config.action, &config.state);
         let found = spaces.iter().position(|s| s.name == config.embodiment);
         let mut faults = Vec::new();
         if found.is_none() {
@@ -96,6 +98,7 @@ impl Dataset {
         if !faults.is_empty() {
             return Err(Error::Config { faults });
         }
+        let transform = ColumnTransform::of(config, &spaces[space_index]);
         let sidecar = load_sidecar(&storage, name, &metadata, &transform, index_dir).await?;
         let mut dataset = Self {
             name: name.into(),
@@ -224,7 +227,8 @@ impl Dataset {
         self.episodes.len()
     }
 
-    /// Returns the row groups with the frames of training episodes, or of the held-out ones.
+    /// Returns the row groups with the frames of training episodes, or of the held-out ones, that
+    /// samples may start at.
     pub fn frames(&self, held_out: bool) -> Vec<RowGroupFrames> {
         let groups = self.sidecar.files.iter().flat_map(|file| &file.row_groups);
         let mut row = 0;
@@ -233,11 +237,7 @@ impl Dataset {
                 let mut runs = Vec::new();
                 for &(episode, _, rows) in &group.episodes {
                     if self.config.holdout_episodes.contains(&episode) == held_out {
-                        runs.push(Run {
-                            episode,
-                            first_row: row,
-                            rows,
-                        });
+                        self.starts(episode, row..row + rows, &mut runs);
                     }
                     row += rows;
                 }
@@ -249,22 +249,47 @@ impl Dataset {
             .collect()
     }
 
-    /// Returns how many entries of a sample's action chunk count in the loss.
-    ///
-    /// With `mask_padding`, steps past the end of the episode do not.
-    pub fn valid_entries(&self, sample: SampleRef, horizon: usize, mask_padding: bool) -> u64 {
-        let steps = if mask_padding {
-            (horizon as u64).min(self.rows_left(sample.frame))
-        } else {
-            horizon as u64
-        };
-        steps * self.space.dim() as u64
+    /// Appends the runs of an episode's rows that are steps and that no filter leaves out.
+    fn starts(&self, episode: u64, rows: Range<u64>, runs: &mut Vec<Run>) {
+        let of = self.episode_at(rows.start);
+        let steps = &self.sidecar.transform.steps;
+        let left_out = &self.sidecar.left_out;
+        let mut next =
+            left_out.partition_point(|&(first, rows_out)| first + rows_out <= rows.start);
+        let mut open: Option<Run> = None;
+        for row in rows {
+            while left_out
+                .get(next)
+                .is_some_and(|&(first, n)| first + n <= row)
+            {
+                next += 1;
+            }
+            let filtered = left_out.get(next).is_some_and(|&(first, _)| first <= row);
+            if filtered || !steps.is_step(row - of.first_row, of.rows) {
+                runs.extend(open.take());
+                continue;
+            }
+            let run = open.get_or_insert(Run {
+                episode,
+                first_row: row,
+                rows: 0,
+            });
+            run.rows += 1;
+        }
+        runs.extend(open);
     }
 
     /// Returns the number of frames from a global row to the end of its episode, itself included.
     pub(crate) fn rows_left(&self, row: u64) -> u64 {
         let episode = self.episode_at(row);
         episode.first_row + episode.rows - row
+    }
+
+    /// Returns the number of steps from a global row to the end of its episode, itself included.
+    pub(crate) fn steps_left(&self, row: u64) -> u64 {
+        let episode = self.episode_at(row);
+        let steps = &self.sidecar.transform.steps;
+        steps.steps_left(row - episode.first_row, episode.rows)
     }
 
     fn episode_at(&self, row: u64) -> EpisodeRows {
@@ -306,6 +331,7 @@ impl Dataset {
                 let footer = self.footer(index).await?;
                 let columns =
                     read_columns(&self.storage, &file.name, footer, bytes, &names).await?;
+                let columns = self.sidecar.transform.apply(&file.name, columns)?;
                 self.check_columns(index, &columns)?;
                 Ok::<_, Error>(Arc::new(columns))
             })
@@ -415,69 +441,4 @@ async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
     joined.map_err(|_| Error::Ended {
         part: "row-group reader",
     })
-}
-
-/// Checks the recipe's columns against `info.json`.
-fn feature_faults(
-    name: &str,
-    config: &DatasetConfig,
-    metadata: &Metadata,
-    space: &ActionSpace,
-    cameras: &[String],
-    faults: &mut Vec<String>,
-) {
-    let key = format!("data.datasets.{name}");
-    let features = &metadata.info.features;
-    let mut known = |what: &str, feature: &str| {
-        let found = features.get(feature);
-        if found.is_none() {
-            let names: Vec<&String> = features.keys().collect();
-            faults.push(format!(
-                "{key}.{what} = \"{feature}\" is not a feature; it has {names:?}"
-            ));
-        }
-        found
-    };
-    let action = known("action", &config.action).cloned();
-    let state = if config.state.is_empty() {
-        None
-    } else {
-        known("state", &config.state).cloned()
-    };
-    let images: Vec<_> = cameras
-        .iter()
-        .filter_map(|role| config.cameras.get(role).map(|feature| (role, feature)))
-        .filter_map(|(role, feature)| {
-            let found = known(&format!("cameras.{role}"), feature)?;
-            Some((role, feature, found.clone()))
-        })
-        .collect();
-    for (role, feature, found) in images {
-        if found.dtype != "image" {
-            faults.push(format!(
-                "{key}.cameras.{role} = \"{feature}\" is of type {}; Pollen reads images, convert \
-                 the dataset with `pollen data convert`",
-                found.dtype
-            ));
-        }
-    }
-    let width = |shape: &[usize]| shape.iter().fold(1, |all: usize, &n| all.saturating_mul(n));
-    if let Some(action) = action.filter(|action| width(&action.shape) != space.dim()) {
-        faults.push(format!(
-            "{key}.action = \"{}\" has {} dimensions, the action space `{}` has {}",
-            config.action,
-            width(&action.shape),
-            space.name,
-            space.dim()
-        ));
-    }
-    if space.proprio_dim > 0
-        && state.as_ref().map_or(0, |state| width(&state.shape)) != space.proprio_dim
-    {
-        faults.push(format!(
-            "{key}.state = \"{}\" does not have the {} dimensions that the action space `{}` shows \
-             the policy",
-            config.state, space.proprio_dim, space.name
-        ));
-    }
 }

@@ -49,12 +49,25 @@ pub enum Error {
     },
     /// The stored data no longer match their index.
     #[error(
-        "dataset `{dataset}` changed since it was indexed: {reason}; restore it, or run \
+        "dataset `{dataset}` changed since it was indexed: {reason}; restore it, or \
          delete its meta/pollen.json and start a new run with the new order of samples"
     )]
     Changed {
         /// Dataset.
         dataset: String,
+        /// What differs.
+        reason: String,
+    },
+    /// Kept statistics are not those of this data and this transform.
+    #[error(
+        "dataset `{dataset}`: the statistics in {path} are not for this run: {reason}; delete the \
+         file and they are taken again"
+    )]
+    Statistics {
+        /// Dataset.
+        dataset: String,
+        /// The file.
+        path: String,
         /// What differs.
         reason: String,
     },
@@ -96,7 +109,9 @@ impl Error {
     /// Returns what the caller can do.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::Config { .. } | Self::WorldSize { .. } => ErrorClass::User,
+            Self::Config { .. } | Self::WorldSize { .. } | Self::Statistics { .. } => {
+                ErrorClass::User
+            }
             Self::Tokenizer { source } | Self::Processing { source, .. } => source.class(),
             Self::Storage { source, .. } => source.class(),
             Self::File { .. } | Self::Changed { .. } | Self::Frame { .. } => ErrorClass::Corrupt,

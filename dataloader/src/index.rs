@@ -6,17 +6,18 @@ use std::path::{Path, PathBuf};
 
 use futures::StreamExt;
 use parquet::arrow::arrow_reader::ArrowReaderMetadata;
-use pollen_processing::ActionStats;
 use pollen_storage::{ObjectInfo, Storage};
 use sha2::{Digest, Sha256};
 
-use crate::columns::{ColumnNames, FileColumns, Rows, read_columns};
+use crate::columns::{ColumnNames, FileColumns, read_columns};
 use crate::error::{Error, Result};
 use crate::lerobot::{Episode, Metadata, read_episodes, read_metadata};
 use crate::parquet_file::{FileName, read_footer, row_group_range};
 use crate::sidecar::{
-    DataFile, RowGroup, SIDECAR_PATH, SIDECAR_VERSION, Sidecar, Transform, dataset_hash, hex,
+    DataFile, RowGroup, SIDECAR_PATH, SIDECAR_VERSION, Sidecar, dataset_hash, hex,
 };
+use crate::statistics::{Statistics, StatisticsPass, take_statistics};
+use crate::transform::ColumnTransform;
 
 /// Pieces of a file fetched ahead of the checksum.
 const AHEAD: usize = 4;
@@ -30,12 +31,13 @@ const PIECE: u64 = 8 << 20;
 pub async fn index_dataset(
     storage: &Storage,
     dataset: &str,
-    transform: &Transform,
+    transform: &ColumnTransform,
 ) -> Result<Sidecar> {
     let metadata = read_metadata(storage, dataset).await?;
     let episodes = read_episodes(storage, dataset).await?;
     let mut files = Vec::new();
     let mut columns = Vec::new();
+    let mut pass = StatisticsPass::new(dataset, transform, &metadata.tasks);
     for object in data_files(storage, dataset).await? {
         let name = FileName {
             dataset: dataset.into(),
@@ -45,17 +47,23 @@ pub async fn index_dataset(
         let names = ColumnNames::of(transform);
         let values = read_columns(storage, &name, &footer, object.size, &names).await?;
         files.push(checksum(storage, &name, &footer, object.size, &values.episode).await?);
-        columns.push(values);
+        columns.push(FileColumns {
+            episode: values.episode.clone(),
+            frame: values.frame.clone(),
+            ..FileColumns::default()
+        });
+        pass.push(&name, values)?;
     }
     check_episodes(dataset, &episodes, &files, &columns)?;
-    let (action, proprio) = statistics(dataset, transform, &columns)?;
+    let statistics = pass.finish(dataset_hash(metadata.info.fps, &metadata.tasks, &files))?;
     let sidecar = Sidecar {
         version: SIDECAR_VERSION,
-        dataset_hash: dataset_hash(metadata.info.fps, &metadata.tasks, &files),
+        dataset_hash: statistics.dataset_hash,
         fps: metadata.info.fps,
-        transform: transform.clone(),
-        action,
-        proprio,
+        transform: statistics.transform,
+        action: statistics.action,
+        proprio: statistics.proprio,
+        left_out: statistics.left_out,
         files,
     };
     // Numbers as a later start will read them, to the last bit.
@@ -72,7 +80,7 @@ pub(crate) async fn load_sidecar(
     storage: &Storage,
     dataset: &str,
     metadata: &Metadata,
-    transform: &Transform,
+    transform: &ColumnTransform,
     index_dir: &Path,
 ) -> Result<Sidecar> {
     let objects = data_files(storage, dataset).await?;
@@ -99,64 +107,83 @@ pub(crate) async fn load_sidecar(
         if sidecar.transform == *transform {
             return Ok(sidecar);
         }
-        return with_statistics(storage, dataset, sidecar, transform).await;
+        let statistics = load_statistics(storage, dataset, metadata, &sidecar, transform, &kept);
+        return Ok(sidecar.clone().with_statistics(statistics.await?));
     }
     tracing::info!(dataset, "indexing: reading every byte once");
     let sidecar = index_dataset(storage, dataset, transform).await?;
-    let text = sidecar.to_json();
-    if let Err(error) = storage.put(SIDECAR_PATH, text.clone().into()).await {
-        let written = kept
-            .parent()
-            .map_or(Ok(()), std::fs::create_dir_all)
-            .and_then(|()| std::fs::write(&kept, &text));
-        match written {
-            Ok(()) => tracing::info!(dataset, %error, path = %kept.display(), "index kept here"),
-            Err(local) => tracing::warn!(dataset, %error, %local, "index not kept"),
-        }
-    }
+    keep(storage, dataset, SIDECAR_PATH, &kept, sidecar.to_json()).await;
     Ok(sidecar)
 }
 
-impl ColumnNames {
-    pub(crate) fn of(transform: &Transform) -> Self {
-        Self {
-            action: transform.action.clone(),
-            state: transform.state.clone(),
+/// Stores a file beside the dataset, or locally where that cannot be written to.
+async fn keep(storage: &Storage, dataset: &str, path: &str, local: &Path, text: Vec<u8>) {
+    if let Err(error) = storage.put(path, text.clone().into()).await {
+        let written = local
+            .parent()
+            .map_or(Ok(()), std::fs::create_dir_all)
+            .and_then(|()| std::fs::write(local, &text));
+        match written {
+            Ok(()) => tracing::info!(dataset, %error, path = %local.display(), "index kept here"),
+            Err(local) => tracing::warn!(dataset, %error, %local, "index not kept"),
         }
     }
 }
 
-/// Recomputes the statistics for other columns than the sidecar was made for.
-async fn with_statistics(
+/// Returns the statistics for another transform than the index was made with: kept ones, or taken
+/// now. Kept ones that are not of this data and this transform are refused.
+async fn load_statistics(
     storage: &Storage,
     dataset: &str,
-    mut sidecar: Sidecar,
-    transform: &Transform,
-) -> Result<Sidecar> {
-    tracing::warn!(
-        dataset,
-        action = transform.action,
-        state = transform.state,
-        "the index was made for other columns; taking statistics again"
-    );
-    let names = ColumnNames::of(transform);
-    let mut columns = Vec::new();
-    for file in &sidecar.files {
-        let name = FileName {
+    metadata: &Metadata,
+    sidecar: &Sidecar,
+    transform: &ColumnTransform,
+    kept: &Path,
+) -> Result<Statistics> {
+    let path = Statistics::path(transform);
+    let local = kept.with_extension(format!("{}.json", &transform.hash[..16]));
+    let stored = match storage.get(&path).await {
+        Ok(text) => Some((text.to_vec(), format!("{}/{path}", storage.url()))),
+        Err(error) if error.is_not_found() => std::fs::read(&local)
+            .ok()
+            .map(|text| (text, local.display().to_string())),
+        Err(source) => {
+            return Err(Error::Storage {
+                dataset: dataset.into(),
+                source,
+            });
+        }
+    };
+    if let Some((text, path)) = stored {
+        let statistics = Statistics::parse(&text).and_then(|statistics| {
+            match statistics.mismatch(&sidecar.dataset_hash, transform) {
+                None => Ok(statistics),
+                Some(reason) => Err(reason),
+            }
+        });
+        return statistics.map_err(|reason| Error::Statistics {
             dataset: dataset.into(),
-            path: file.path.clone(),
-        };
-        let footer = read_footer(storage, &name, file.bytes).await?;
-        columns.push(read_columns(storage, &name, &footer, file.bytes, &names).await?);
+            path,
+            reason,
+        });
     }
-    (sidecar.action, sidecar.proprio) = statistics(dataset, transform, &columns)?;
-    sidecar.transform = transform.clone();
-    // The same text as a sidecar made for these columns would have, and so the same numbers.
-    Sidecar::parse(&sidecar.to_json()).map_err(|reason| Error::File {
+    tracing::info!(
+        dataset,
+        "taking statistics for another transform than the index was made with"
+    );
+    let files = sidecar.files.iter();
+    let files = files.map(|file| (file.path.clone(), file.bytes));
+    let hash = sidecar.dataset_hash.clone();
+    let taken = take_statistics(storage, dataset, hash, files, &metadata.tasks, transform).await?;
+    let text = taken.to_json();
+    // Numbers as a later start will read them, to the last bit.
+    let taken = Statistics::parse(&text).map_err(|reason| Error::Statistics {
         dataset: dataset.into(),
-        path: SIDECAR_PATH.into(),
+        path: path.clone(),
         reason,
-    })
+    })?;
+    keep(storage, dataset, &path, &local, text).await;
+    Ok(taken)
 }
 
 async fn data_files(storage: &Storage, dataset: &str) -> Result<Vec<ObjectInfo>> {
@@ -361,55 +388,4 @@ fn check_episodes(
         });
     }
     Ok(())
-}
-
-type Stats = (ActionStats, Option<ActionStats>);
-
-fn statistics(dataset: &str, transform: &Transform, columns: &[FileColumns]) -> Result<Stats> {
-    let of = |column: &str, rows: Rows| {
-        ActionStats::of(&rows.values, rows.width).map_err(|error| Error::File {
-            dataset: dataset.into(),
-            path: format!("column `{column}`"),
-            reason: error.to_string(),
-        })
-    };
-    let actions = finite(
-        dataset,
-        &transform.action,
-        columns.iter().map(|c| &c.action),
-    );
-    let action = of(&transform.action, actions)?;
-    if transform.state.is_empty() {
-        return Ok((action, None));
-    }
-    let states = finite(dataset, &transform.state, columns.iter().map(|c| &c.state));
-    Ok((action, Some(of(&transform.state, states)?)))
-}
-
-/// Joins the files' rows, without those that hold a NaN or an infinity.
-fn finite<'a>(dataset: &str, column: &str, files: impl Iterator<Item = &'a Rows>) -> Rows {
-    let mut all = Rows {
-        width: 1,
-        values: Vec::new(),
-    };
-    let mut left_out = 0;
-    for rows in files.filter(|rows| rows.width > 0) {
-        all.width = rows.width;
-        for row in rows.values.chunks_exact(rows.width) {
-            if row.iter().all(|value| value.is_finite()) {
-                all.values.extend_from_slice(row);
-            } else {
-                left_out += 1;
-            }
-        }
-    }
-    if left_out > 0 {
-        tracing::warn!(
-            dataset,
-            column,
-            frames = left_out,
-            "not finite: left out of statistics"
-        );
-    }
-    all
 }

@@ -19,13 +19,17 @@
 //! | [`decode`] | JPEG to pixels, on a pool of threads |
 //! | `disk_cache` | row groups on the node's disk, shared by its processes |
 //! | [`error`] | what can go wrong |
+//! | `features` | checks a recipe against the stored features |
+//! | [`filter`] | frames that no sample starts at |
 //! | [`index`] | checksums, episode spans and statistics of a dataset |
 //! | [`lerobot`] | LeRobotDataset v3.0 metadata |
 //! | [`loader`] | one rank's micro-batches; held-out episodes |
 //! | [`mixture`] | which dataset a sample comes from; the slice of a rank |
 //! | [`sampler`] | the order inside a dataset |
 //! | [`sidecar`] | `meta/pollen.json` |
+//! | [`statistics`] | statistics by a pass over low-dimensional columns |
 //! | [`summary`] | figures of a mixture |
+//! | [`transform`] | which columns become actions, and how |
 //!
 //! ```
 //! use pollen_core::Seed;
@@ -52,6 +56,8 @@ pub mod dataset;
 pub mod decode;
 mod disk_cache;
 pub mod error;
+mod features;
+pub mod filter;
 pub mod index;
 pub mod lerobot;
 pub mod loader;
@@ -63,16 +69,24 @@ mod recent;
 mod row_group;
 pub mod sampler;
 pub mod sidecar;
+pub mod statistics;
 pub mod summary;
+pub mod transform;
 
 pub use batch::{BadSample, BatchDims, HostBatch, ModelShape};
-pub use config::{Augment, DataConfig, DatasetConfig, DiskCacheConfig, Instruction, WeightMeaning};
+pub use config::{
+    Augment, ChunkLength, DataConfig, DatasetConfig, DiskCacheConfig, Filters, Instruction, Motion,
+    WeightMeaning,
+};
 pub use data::{Data, OpenStorage};
 pub use dataset::Dataset;
 pub use error::{Error, Result};
+pub use filter::{FrameFilter, Idle};
 pub use index::index_dataset;
 pub use loader::{HoldoutLoader, Loader, LoaderArgs, check_sizes};
 pub use mixture::{Mixture, MixtureSource};
 pub use sampler::{DatasetOrder, ORDER_VERSION, RowGroupFrames, Run, SampleRef};
-pub use sidecar::{SIDECAR_PATH, SIDECAR_VERSION, Sidecar, Transform};
+pub use sidecar::{SIDECAR_PATH, SIDECAR_VERSION, Sidecar};
+pub use statistics::Statistics;
 pub use summary::{DatasetSummary, Summary};
+pub use transform::ColumnTransform;

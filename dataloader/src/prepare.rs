@@ -23,6 +23,8 @@ pub(crate) struct Prepare {
     instruction: Instruction,
     action: Normalizer,
     proprio: Option<Normalizer>,
+    /// Rows between the steps of a chunk.
+    every: usize,
 }
 
 impl Prepare {
@@ -57,6 +59,7 @@ impl Prepare {
             instruction,
             action,
             proprio,
+            every: dataset.config().transform.every,
         })
     }
 
@@ -79,7 +82,7 @@ impl Prepare {
         let last = row + rows_left.saturating_sub(1);
         let mut chunk = Vec::with_capacity(horizon * actions.width);
         for step in 0..horizon {
-            chunk.extend_from_slice(actions.row((row + step).min(last)));
+            chunk.extend_from_slice(actions.row((row + step * self.every).min(last)));
         }
         if let Some(at) = chunk.iter().position(|value| !value.is_finite()) {
             let (step, dim) = (at / actions.width, at % actions.width);

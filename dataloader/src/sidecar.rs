@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::parquet_file::MAX_ROWS;
+use crate::statistics::Statistics;
+use crate::transform::ColumnTransform;
 
 /// Version of the file that this build reads and writes.
 pub const SIDECAR_VERSION: u32 = 1;
@@ -26,38 +28,17 @@ pub struct Sidecar {
     /// Frames a second.
     pub fps: f64,
     /// What was done to actions and states before the statistics were taken.
-    pub transform: Transform,
+    pub transform: ColumnTransform,
     /// Statistics of the transformed actions over all episodes.
     pub action: ActionStats,
     /// Statistics of the proprioception over all episodes; absent when the transform names none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proprio: Option<ActionStats>,
+    /// Rows that the transform's filter leaves out: (first global row, number of rows).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_out: Vec<(u64, u64)>,
     /// Data files in the order of their paths.
     pub files: Vec<DataFile>,
-}
-
-/// The columns that become actions and proprioception.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Transform {
-    /// Feature that holds the actions, taken as it is.
-    pub action: String,
-    /// Feature that holds the proprioception; empty for none.
-    pub state: String,
-    /// Hash of the above and of the code's version of what is done to them.
-    pub hash: String,
-}
-
-impl Transform {
-    /// Returns the transform that takes two columns as they are.
-    pub fn columns(action: &str, state: &str) -> Self {
-        let hash = hash_lines(["transform 1: columns as stored", action, state]);
-        Self {
-            action: action.into(),
-            state: state.into(),
-            hash,
-        }
-    }
 }
 
 /// One data file.
@@ -129,6 +110,10 @@ impl Sidecar {
         if let Some(proprio) = &sidecar.proprio {
             faults.extend(proprio.faults("its statistics of proprioception"));
         }
+        faults.extend(left_out_fault(&sidecar.left_out));
+        if sidecar.transform.hash != sidecar.transform.hash_of_contents() {
+            faults.push("its transform does not have the hash that it names".into());
+        }
         if !faults.is_empty() {
             return Err(faults.join("; "));
         }
@@ -145,11 +130,37 @@ impl Sidecar {
         text
     }
 
+    /// Returns the hash of the data and of what is done to them: what a checkpoint remembers.
+    pub(crate) fn samples_hash(&self) -> String {
+        hash_lines([&*self.dataset_hash, &*self.transform.hash])
+    }
+
+    /// Puts other statistics in place of those that it was made with.
+    pub(crate) fn with_statistics(mut self, statistics: Statistics) -> Self {
+        self.transform = statistics.transform;
+        self.action = statistics.action;
+        self.proprio = statistics.proprio;
+        self.left_out = statistics.left_out;
+        self
+    }
+
     /// Returns the number of frames.
     pub fn num_frames(&self) -> u64 {
         let groups = self.files.iter().flat_map(|file| &file.row_groups);
         groups.map(|group| group.rows).sum()
     }
+}
+
+/// Returns what is wrong with the rows that a filter leaves out: they must be in order.
+pub(crate) fn left_out_fault(left_out: &[(u64, u64)]) -> Option<String> {
+    let mut end = 0;
+    for &(first, rows) in left_out {
+        end = match first.checked_add(rows) {
+            Some(next) if first >= end => next,
+            _ => return Some("its rows that are left out are not in order".into()),
+        };
+    }
+    None
 }
 
 /// Hashes what determines the samples of a dataset.
@@ -210,9 +221,10 @@ mod tests {
             version: SIDECAR_VERSION,
             dataset_hash: dataset_hash(10.0, &["lift".into()], &files),
             fps: 10.0,
-            transform: Transform::columns("action", "observation.state"),
+            transform: ColumnTransform::columns("action", "observation.state"),
             action: ActionStats::of(&[0.1, 0.2, 1.0 / 3.0], 1).expect("finite"),
             proprio: None,
+            left_out: Vec::new(),
             files,
         }
     }

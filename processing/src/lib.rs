@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! decoded image --Resizer--> u8 [3,S,S] --Augmentation (training)--> batch --device--> normalised
+//! stored columns --Transform--> action, proprioception
 //! instruction --Prompt--> text --Tokenizer--> ids + mask
 //! action, proprioception --Normalizer(ActionStats, ActionSpace)--> [-1,1], and back in serving
 //! all of it, as data: ObservationContract = a checkpoint's contract.json
@@ -14,11 +15,14 @@
 //! | [`conventions`] | gripper and pose conventions of raw actions |
 //! | [`error`] | what can go wrong |
 //! | [`normalize`] | scaling of actions and proprioception |
+//! | [`op`] | the operations of a transform |
 //! | [`pixels`] | images as bytes, shifts, scaling to model values |
 //! | [`prompt`] | the text that the model reads |
 //! | [`resize`] | antialiased bilinear and lanczos3, as the references do it |
+//! | [`rotation`] | representations of rotations |
 //! | [`stats`] | exact statistics of actions |
 //! | [`tokenize`] | text to ids |
+//! | [`transform`] | a dataset's stored columns to its action space |
 //!
 //! ```
 //! use pollen_core::Seed;
@@ -42,11 +46,14 @@ pub mod error;
 #[cfg(test)]
 mod golden;
 pub mod normalize;
+pub mod op;
 pub mod pixels;
 pub mod prompt;
 pub mod resize;
+pub mod rotation;
 pub mod stats;
 pub mod tokenize;
+pub mod transform;
 
 pub use augment::{Augmentation, CropAndColor};
 pub use contract::{
@@ -54,8 +61,11 @@ pub use contract::{
 };
 pub use error::Error;
 pub use normalize::{Fallback, FallbackKind, Normalizer};
+pub use op::Op;
 pub use pixels::{Image, PIXEL_MEAN, PIXEL_STD, normalize_pixels};
 pub use prompt::Prompt;
 pub use resize::{ResizeKind, Resizer};
+pub use rotation::Rotation;
 pub use stats::{ActionStats, StatsBuilder};
 pub use tokenize::{Padding, TextLength, TokenBatch, Tokenizer, florence_tokens};
+pub use transform::{Part, Stored, Transform, Transformed};

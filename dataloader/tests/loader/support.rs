@@ -16,10 +16,10 @@ use parquet::file::properties::WriterProperties;
 use parquet::schema::types::ColumnPath;
 use pollen_core::{ActionSpace, ActionSpaceFile, Seed};
 use pollen_dataloader::{
-    Augment, Data, DataConfig, DatasetConfig, HostBatch, Instruction, Loader, LoaderArgs,
-    ModelShape, WeightMeaning,
+    Augment, ChunkLength, Data, DataConfig, DatasetConfig, Filters, HostBatch, Instruction, Loader,
+    LoaderArgs, ModelShape, Motion, WeightMeaning,
 };
-use pollen_processing::ResizeKind;
+use pollen_processing::{ResizeKind, Transform};
 use pollen_storage::{Silent, Storage, StorageConfig};
 use tokio::runtime::Runtime;
 
@@ -219,6 +219,10 @@ impl Spec {
                 .into(),
             action: "action".into(),
             state: "observation.state".into(),
+            transform: Transform::default(),
+            motion: Motion::Delta,
+            filters: Filters::default(),
+            chunk_length: 0,
             instruction: Instruction::Task,
             robot: "Panda".into(),
             hz: 0.0,
@@ -270,6 +274,7 @@ pub(crate) fn config(root: &Path, specs: &[Spec]) -> DataConfig {
         prefetch_batches: 3,
         decode_threads: 2,
         mask_padding: false,
+        chunk_length: ChunkLength::Model,
         max_bad_samples: 0,
         tokenizer: workspace().join("demo/tokenizer.json"),
         florence_tokens: false,
