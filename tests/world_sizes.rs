@@ -7,11 +7,8 @@ mod lab;
 
 use std::collections::BTreeMap;
 
-use lab::{Finished, Lab, NO_DROPOUT, fetch};
-use pollen_checkpoints::{CheckpointId, Checkpoints, Restored};
+use lab::{Finished, Lab, NO_DROPOUT, open_checkpoint};
 use pollen_observe::Event;
-use pollen_storage::{Silent, Storage, StorageConfig};
-use pollen_trainer::RunConfig;
 use pollen_trainer::layout::{Entry, Layout};
 
 /// 12 micro-batches: 1, 2, 3, 4, 6 or 12 workers share them evenly.
@@ -34,29 +31,13 @@ struct Saved {
     exp_avg_sq: Vec<f32>,
 }
 
-fn saved(lab: &Lab, run: &Finished, step: u64) -> Saved {
-    let url = run.checkpoint_url(step);
-    let manifest = fetch(lab, &format!("{url}/MANIFEST.json"));
-    let manifest: pollen_checkpoints::Manifest = serde_json::from_slice(&manifest).unwrap();
+fn saved(run: &Finished, step: u64) -> Saved {
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let (base, _) = url.split_once("/step-").unwrap();
-    let storage = Storage::open(base, &StorageConfig::default(), std::sync::Arc::new(Silent));
-    let checkpoints = Checkpoints::new(storage.unwrap(), runtime.handle().clone());
-    let id: CheckpointId = manifest.id();
-    let restored: Restored = checkpoints.open(id).unwrap().unwrap();
-    let config = std::fs::read_to_string(run.run_dir().join("config.toml")).unwrap();
-    let mut config: toml::Table = config.parse().unwrap();
-    for section in ["launch", "run"] {
-        config.remove(section);
-    }
-    let config: RunConfig = config.try_into().unwrap();
-    let table = config.model.parameter_table(&config.action_spaces).unwrap();
-    let trained = table.iter().filter(|spec| spec.trained);
-    let trained = trained.map(|spec| (spec.name.clone(), spec.shape.clone()));
-    let layout = Layout::new(trained, &config.train.optimizer, 1 << 20);
+    let (checkpoints, restored) = open_checkpoint(run, step, &runtime);
+    let layout = Layout::of_run(&run.config()).unwrap();
     assert_eq!(
         layout.hash(),
-        manifest.head.layout_hash,
+        restored.manifest.head.layout_hash,
         "the offsets are those of the run"
     );
     let read = |name| {
@@ -111,7 +92,7 @@ fn gradients_are_those_of_one_process() {
         spaces.len() >= 2,
         "datasets of several action spaces: {spaces:?}"
     );
-    let want = saved(&lab, &one, 1);
+    let want = saved(&one, 1);
     let moving = |entry: &&Entry| want.exp_avg[entry.range()].iter().any(|&g| g != 0.0);
     for space in ["eef_delta", "bimanual_eef_delta"] {
         let mut entries = want.layout.entries().iter().filter(moving);
@@ -122,10 +103,28 @@ fn gradients_are_those_of_one_process() {
     }
     for workers in [2, 3, 4] {
         let run = launch(&lab, &format!("w{workers}"), workers, &sets);
-        let got = saved(&lab, &run, 1);
+        let got = saved(&run, 1);
         let what = format!("{workers} workers");
         assert_close(&what, &want.layout, &got.exp_avg, &want.exp_avg, 1e-5);
     }
+}
+
+#[test]
+fn gradients_in_bf16_are_rounded_and_no_more() {
+    let lab = Lab::folder();
+    let sets = ["train.steps=1", "checkpoint.every_steps=1"];
+    let want = saved(&launch(&lab, "f32", 3, &sets), 1);
+    let sets = [sets[0], sets[1], "train.reduce_dtype=bf16"];
+    let got = saved(&launch(&lab, "bf16", 3, &sets), 1);
+    assert_ne!(got.exp_avg, want.exp_avg, "half the bytes travelled");
+    // Twice half a unit in the eighth bit.
+    assert_close(
+        "bf16",
+        &want.layout,
+        &got.exp_avg,
+        &want.exp_avg,
+        1.0 / 128.0,
+    );
 }
 
 #[test]
@@ -178,7 +177,7 @@ fn four_workers_become_two_and_then_three() {
     assert_eq!(run.audits().len(), 12);
     assert_losses("changed", &run.losses(), &calm.losses());
     for (step, world_size) in [(4, 4), (8, 2), (12, 3)] {
-        let (got, want) = (saved(&lab, &run, step), saved(&lab, &calm, step));
+        let (got, want) = (saved(&run, step), saved(&calm, step));
         assert_eq!(run.manifest(&lab, step)["world_size"], world_size);
         let what = format!("step {step}");
         assert_close(&what, &want.layout, &got.exp_avg, &want.exp_avg, 1e-3);

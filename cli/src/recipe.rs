@@ -33,8 +33,10 @@ pub(crate) struct Recipe {
 }
 
 /// Keys that do not make another run: how long it may go, what it may cost, where and how it runs.
-const NOT_IDENTITY: [&[&str]; 10] = [
+const NOT_IDENTITY: [&[&str]; 12] = [
     &["train", "steps"],
+    &["train", "overlap"],
+    &["train", "shard_optimizer"],
     &["budget"],
     &["launch"],
     &["run"],

@@ -330,6 +330,16 @@ impl Finished {
         read_events(&self.run_dir().join("events.jsonl")).unwrap()
     }
 
+    /// The resolved recipe as the trainer sees it.
+    pub fn config(&self) -> pollen_trainer::RunConfig {
+        let text = std::fs::read_to_string(self.run_dir().join("config.toml")).unwrap();
+        let mut table: toml::Table = text.parse().unwrap();
+        for section in ["launch", "run"] {
+            table.remove(section);
+        }
+        table.try_into().unwrap()
+    }
+
     /// Steps of the `restore` events.
     pub fn restores(&self) -> Vec<u64> {
         let events = self.events().into_iter();
@@ -414,6 +424,26 @@ impl Finished {
             })
             .collect()
     }
+}
+
+/// Opens the checkpoint of `step` in a lab without a server.
+pub fn open_checkpoint(
+    run: &Finished,
+    step: u64,
+    runtime: &tokio::runtime::Runtime,
+) -> (
+    pollen_checkpoints::Checkpoints,
+    pollen_checkpoints::Restored,
+) {
+    let url = run.checkpoint_url(step);
+    let (base, id) = url.split_at(url.find("/step-").unwrap());
+    let config = pollen_storage::StorageConfig::default();
+    let silent = std::sync::Arc::new(pollen_storage::Silent);
+    let storage = pollen_storage::Storage::open(base, &config, silent).unwrap();
+    let checkpoints = pollen_checkpoints::Checkpoints::new(storage, runtime.handle().clone());
+    let id = id.trim_start_matches('/').parse().unwrap();
+    let restored = checkpoints.open(id).unwrap().unwrap();
+    (checkpoints, restored)
 }
 
 /// Reads one object of the lab's store.

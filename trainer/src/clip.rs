@@ -1,31 +1,27 @@
 //! The global gradient norm and the factor that clips by it.
 
-/// Values per partial sum; part of the numerics, the same for every sharding.
-pub const CHUNK: usize = 1 << 20;
+/// Values per partial sum; part of the numerics. Parts of a bucket are cut at multiples of it.
+pub const CHUNK: usize = 4096;
 
-/// Returns the L2 norm over all `parts` taken as one flat array.
+/// Returns the sum of squares of each chunk of [`CHUNK`] values, in f64 and in order.
 ///
-/// Sums of squares are taken in f64 over fixed chunks of [`CHUNK`] elements of the flat array and
-/// added in order, so that the result does not depend on how the array is cut into buckets or
-/// shards.
-pub fn norm<P: AsRef<[f32]>>(parts: impl IntoIterator<Item = P>) -> f64 {
-    let (mut total, mut partial, mut filled) = (0.0_f64, 0.0_f64, 0);
-    for part in parts {
-        let mut rest = part.as_ref();
-        while !rest.is_empty() {
-            let (head, tail) = rest.split_at(rest.len().min(CHUNK - filled));
-            for &value in head {
-                partial += f64::from(value) * f64::from(value);
-            }
-            filled += head.len();
-            if filled == CHUNK {
-                total += partial;
-                (partial, filled) = (0.0, 0);
-            }
-            rest = tail;
-        }
-    }
-    (total + partial).sqrt()
+/// A bucket's chunks count from its start, and ranks hold whole chunks: whoever sums a chunk gets
+/// the same bits.
+pub fn square_sums(values: &[f32]) -> Vec<f64> {
+    let chunks = values.chunks(CHUNK);
+    chunks
+        .map(|chunk| {
+            chunk.iter().fold(0.0, |sum, &value| {
+                let value = f64::from(value);
+                sum + value * value
+            })
+        })
+        .collect()
+}
+
+/// Returns the L2 norm from the sums of all chunks, added in the order of the flat array.
+pub fn norm(square_sums: &[f64]) -> f64 {
+    square_sums.iter().sum::<f64>().sqrt()
 }
 
 /// Returns the factor for the gradients: min(1, limit / (norm + 1e-6)), as PyTorch's
@@ -39,18 +35,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_cut_into_parts_changes_no_bit() {
+    fn a_cut_at_chunks_changes_no_bit() {
         let values: Vec<f32> = (0..3 * CHUNK + 17)
             .map(|i| (i as f32 * 0.37).sin())
             .collect();
-        let whole = norm([&values]);
-        for cut in [1, 1000, CHUNK - 1, CHUNK, 2 * CHUNK + 5] {
-            assert_eq!(
-                whole,
-                norm([&values[..cut], &values[cut..]]),
-                "cut at {cut}"
-            );
+        let whole = square_sums(&values);
+        assert_eq!(whole.len(), 4);
+        for cut in [0, CHUNK, 3 * CHUNK] {
+            let (a, b) = values.split_at(cut);
+            let joined = [square_sums(a), square_sums(b)].concat();
+            assert_eq!(norm(&joined), norm(&whole), "cut at {cut}");
         }
+        let plain: f64 = values.iter().map(|&x| f64::from(x).powi(2)).sum();
+        assert!((norm(&whole) - plain.sqrt()).abs() < 1e-9);
     }
 
     #[test]

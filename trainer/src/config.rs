@@ -62,6 +62,16 @@ pub struct TrainConfig {
     /// Bytes of gradients that are reduced at a time.
     #[serde(default = "default_bucket")]
     pub bucket: pollen_core::ByteSize,
+    /// Element type in which gradients travel; they are kept in f32.
+    #[serde(default)]
+    pub reduce_dtype: ReduceDtype,
+    /// Sends a bucket of gradients while the backward pass goes on. Changes no bit.
+    #[serde(default = "default_overlap")]
+    pub overlap: bool,
+    /// Keeps the optimizer's state and does its work in shards, one a rank (ZeRO-1), instead of
+    /// the whole on every rank. Changes no bit.
+    #[serde(default)]
+    pub shard_optimizer: bool,
     /// Steps with a non-finite loss or gradient that are skipped before the run stops.
     #[serde(default = "default_non_finite")]
     pub max_non_finite_steps: u64,
@@ -79,6 +89,21 @@ pub struct TrainConfig {
 
 fn default_audit() -> u64 {
     100
+}
+
+fn default_overlap() -> bool {
+    true
+}
+
+/// Element type of gradients on the wire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ReduceDtype {
+    /// 32-bit float.
+    #[default]
+    F32,
+    /// 16-bit brain float: half the bytes, rounded once before and once after the sum.
+    Bf16,
 }
 
 fn default_bucket() -> pollen_core::ByteSize {

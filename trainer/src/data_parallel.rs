@@ -1,77 +1,173 @@
-//! Gradients in flat buckets, summed over all ranks.
+//! Gradients in flat buckets, summed over micro-batches and then over all ranks.
+//!
+//! ```text
+//! backward, segment by segment --names--> bucket complete --last micro-batch--> reduce, meanwhile ...
+//! ```
 
-use burn::tensor::{Device, Tensor, TensorData};
-use pollen_collectives::{Buffer, Communicator, HostBuffer, ReduceOp};
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use burn::tensor::{Device, Tensor, TensorData, bf16};
+use pollen_collectives::{Buffer, Communicator, Handle, HostBuffer, ReduceOp};
 use sha2::{Digest, Sha256};
 
+use crate::config::ReduceDtype;
 use crate::error::Error;
-use crate::layout::Layout;
+use crate::layout::{Bucket, Layout, Shard};
 use crate::optim::host;
 
-/// Flat gradients of one step, one tensor a bucket.
-#[derive(Debug, Default)]
-pub struct Gradients {
-    buckets: Vec<Tensor<1>>,
+/// How gradients are summed over the ranks.
+#[derive(Clone, Debug)]
+pub struct Reduction {
+    /// The ranks.
+    pub communicator: Arc<dyn Communicator>,
+    /// What this rank gets of each bucket.
+    pub shard: Shard,
+    /// Element type on the wire.
+    pub dtype: ReduceDtype,
+    /// Whether a bucket is sent as soon as it is complete, or all of them at the end.
+    pub overlap: bool,
 }
 
-impl Gradients {
-    /// Adds the gradients of one micro-batch. A parameter without a gradient counts as zero.
-    ///
-    /// `named` holds canonical names with flat gradients.
-    pub fn add(
-        &mut self,
-        layout: &Layout,
-        named: Vec<(String, Option<Tensor<1>>)>,
-        device: &Device,
-    ) {
-        let mut by_name: std::collections::HashMap<String, Tensor<1>> = named
-            .into_iter()
-            .filter_map(|(name, gradient)| gradient.map(|gradient| (name, gradient)))
-            .collect();
-        for (index, bucket) in layout.buckets().iter().enumerate() {
-            let parts: Vec<Tensor<1>> = layout.entries()[bucket.entries.clone()]
-                .iter()
-                .map(|entry| {
-                    let zero = || Tensor::zeros([entry.len()], device);
-                    by_name.remove(&entry.name).unwrap_or_else(zero)
-                })
-                .collect();
-            let flat = Tensor::cat(parts, 0);
-            match self.buckets.get_mut(index) {
-                Some(sum) => *sum = sum.clone() + flat,
-                None => self.buckets.push(flat),
-            }
+/// The gradients of one step.
+#[derive(Debug)]
+pub struct Gradients<'a> {
+    layout: &'a Layout,
+    reduction: &'a Reduction,
+    device: &'a Device,
+    /// Gradients that have come of buckets that are not complete.
+    arrived: HashMap<String, Option<Tensor<1>>>,
+    /// By bucket: sums over micro-batches.
+    sums: Vec<Option<Tensor<1>>>,
+    /// By bucket: reductions in flight.
+    flights: Vec<Option<Handle>>,
+    /// Buckets that are complete but wait for the end of the backward pass.
+    held: Vec<usize>,
+    /// Over this rank's own gradients, if they are to be told from those of other ranks.
+    own: Option<Sha256>,
+}
+
+impl<'a> Gradients<'a> {
+    /// Starts a step; with `prove` the rank's own gradients are hashed before they are sent.
+    pub fn new(
+        layout: &'a Layout,
+        reduction: &'a Reduction,
+        device: &'a Device,
+        prove: bool,
+    ) -> Self {
+        let buckets = layout.buckets().len();
+        Self {
+            layout,
+            reduction,
+            device,
+            arrived: HashMap::new(),
+            sums: vec![None; buckets],
+            flights: (0..buckets).map(|_| None).collect(),
+            held: Vec::new(),
+            own: prove.then(Sha256::new),
         }
     }
 
-    /// Returns a short hash of this rank's own gradients.
-    pub fn hash(&self) -> String {
-        let buckets: Vec<Vec<f32>> = self.buckets.iter().cloned().map(host).collect();
-        hash(&buckets)
+    /// Adds gradients of one micro-batch: canonical names with flat values, a part of the model at
+    /// a time. A parameter without a gradient counts as zero. With `last`, what completes a bucket
+    /// has it sent.
+    pub fn add(
+        &mut self,
+        named: Vec<(String, Option<Tensor<1>>)>,
+        last: bool,
+    ) -> Result<(), Error> {
+        self.arrived.extend(named);
+        // All ranks go through the same segments and buckets, so they send in the same order.
+        let complete: Vec<usize> = (0..self.layout.buckets().len())
+            .filter(|&index| self.is_complete(index))
+            .collect();
+        for index in complete {
+            let entries = &self.layout.entries()[self.layout.buckets()[index].entries.clone()];
+            let parts = entries.iter().map(|entry| {
+                let gradient = self.arrived.remove(&entry.name).flatten();
+                gradient.unwrap_or_else(|| Tensor::zeros([entry.len()], self.device))
+            });
+            let flat = Tensor::cat(parts.collect(), 0);
+            self.sums[index] = Some(match self.sums[index].take() {
+                Some(sum) => sum + flat,
+                None => flat,
+            });
+            match (last, self.reduction.overlap) {
+                (false, _) => {}
+                (true, true) => self.send(index)?,
+                (true, false) => self.held.push(index),
+            }
+        }
+        Ok(())
     }
 
-    /// Sums every bucket over all ranks and returns them as host values, in bucket order.
-    ///
-    /// All buckets are handed over before the first is waited for.
-    pub fn all_reduce(self, communicator: &dyn Communicator) -> Result<Vec<Vec<f32>>, Error> {
-        let handles = self
-            .buckets
-            .into_iter()
-            .map(|bucket| {
-                let buffer = Buffer::Host(HostBuffer::F32(host(bucket)));
-                communicator.all_reduce(buffer, ReduceOp::Sum)
-            })
-            .collect::<Result<Vec<_>, _>>()?;
-        handles
-            .into_iter()
-            .map(|handle| match handle.wait()? {
-                Buffer::Host(HostBuffer::F32(values)) => Ok(values),
-                other => Err(Error::internal(format!(
-                    "all-reduce of f32 returned {other:?}"
-                ))),
-            })
-            .collect()
+    fn is_complete(&self, index: usize) -> bool {
+        let entries = &self.layout.entries()[self.layout.buckets()[index].entries.clone()];
+        entries
+            .iter()
+            .all(|entry| self.arrived.contains_key(&entry.name))
     }
+
+    fn send(&mut self, index: usize) -> Result<(), Error> {
+        let sum = self.sums[index].take();
+        let mut values = host(sum.ok_or_else(|| Error::internal("a bucket is sent twice"))?);
+        if let Some(own) = &mut self.own {
+            update(own, &values);
+        }
+        let Reduction {
+            communicator,
+            shard,
+            dtype,
+            ..
+        } = self.reduction;
+        // The order of a sum depends on the length: it is the same with and without shards.
+        values.resize(
+            padded_len(&self.layout.buckets()[index], communicator.as_ref()),
+            0.0,
+        );
+        let buffer = match dtype {
+            ReduceDtype::Bf16 if communicator.world_size() > 1 => {
+                HostBuffer::Bf16(values.into_iter().map(bf16::from_f32).collect())
+            }
+            _ => HostBuffer::F32(values),
+        };
+        let buffer = Buffer::Host(buffer);
+        self.flights[index] = Some(if *shard == Shard::WHOLE {
+            communicator.all_reduce(buffer, ReduceOp::Sum)?
+        } else {
+            communicator.reduce_scatter(buffer, ReduceOp::Sum)?
+        });
+        Ok(())
+    }
+
+    /// Waits for the sums over all ranks: this rank's share of each bucket, and the hash of its own
+    /// gradients if it was asked for.
+    pub fn finish(mut self) -> Result<(Vec<Vec<f32>>, Option<String>), Error> {
+        for index in std::mem::take(&mut self.held) {
+            self.send(index)?;
+        }
+        let flights = self.flights.into_iter().zip(self.layout.buckets());
+        let reduced = flights.map(|(flight, bucket)| {
+            let flight = flight.ok_or_else(|| Error::internal("a bucket was not complete"))?;
+            let mut values: Vec<f32> = match flight.wait()? {
+                Buffer::Host(HostBuffer::F32(values)) => values,
+                Buffer::Host(HostBuffer::Bf16(values)) => {
+                    values.into_iter().map(bf16::to_f32).collect()
+                }
+                other => return Err(Error::internal(format!("a reduction returned {other:?}"))),
+            };
+            values.truncate(bucket.share(self.reduction.shard).len());
+            Ok(values)
+        });
+        let reduced = reduced.collect::<Result<_, _>>()?;
+        Ok((reduced, self.own.map(short_hash)))
+    }
+}
+
+/// Returns the length of a bucket that divides by the number of ranks.
+pub fn padded_len(bucket: &Bucket, communicator: &dyn Communicator) -> usize {
+    let world = communicator.world_size() as usize;
+    bucket.part_len(world) * world
 }
 
 /// Sums a small vector of f64 over all ranks.
@@ -91,16 +187,24 @@ pub fn to_device(values: Vec<f32>, device: &Device) -> Tensor<1> {
     Tensor::from_data(TensorData::new(values, [len]), device)
 }
 
-/// Returns a short hash of gradients, for the proof that ranks exchanged them.
-pub fn hash(buckets: &[Vec<f32>]) -> String {
-    let mut digest = Sha256::new();
-    for bucket in buckets {
-        for value in bucket {
-            digest.update(value.to_le_bytes());
-        }
+fn update(digest: &mut Sha256, values: &[f32]) {
+    for value in values {
+        digest.update(value.to_le_bytes());
     }
+}
+
+/// Returns a short hash of the sums of squares of the reduced gradient: the same on all ranks.
+pub fn hash(square_sums: &[f64]) -> String {
+    let mut digest = Sha256::new();
+    for sum in square_sums {
+        digest.update(sum.to_le_bytes());
+    }
+    short_hash(digest)
+}
+
+fn short_hash(digest: Sha256) -> String {
+    let digest = digest.finalize();
     digest
-        .finalize()
         .iter()
         .take(8)
         .map(|byte| format!("{byte:02x}"))

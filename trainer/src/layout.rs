@@ -11,7 +11,8 @@ use std::ops::Range;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
-use crate::config::{Group, OptimizerConfig};
+use crate::clip::CHUNK;
+use crate::config::{Group, OptimizerConfig, RunConfig};
 
 /// One trained tensor in the flat state.
 #[derive(Clone, Debug, Serialize)]
@@ -65,6 +66,37 @@ pub struct Bucket {
     pub range: Range<usize>,
 }
 
+/// Which part of every bucket a rank keeps the optimizer's state of, and updates.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shard {
+    /// Number of this part, below `parts`.
+    pub part: usize,
+    /// Number of parts.
+    pub parts: usize,
+}
+
+impl Shard {
+    /// The whole of every bucket.
+    pub const WHOLE: Self = Self { part: 0, parts: 1 };
+}
+
+impl Bucket {
+    /// Returns the values of each part if the bucket is dealt to `parts` ranks: whole chunks of the
+    /// norm, so that the last parts may be short or empty.
+    pub fn part_len(&self, parts: usize) -> usize {
+        match parts {
+            1 => self.range.len(),
+            _ => self.range.len().div_ceil(parts).next_multiple_of(CHUNK),
+        }
+    }
+
+    /// Returns the part of a shard, counted from the bucket's start.
+    pub fn share(&self, shard: Shard) -> Range<usize> {
+        let (part, len) = (self.part_len(shard.parts), self.range.len());
+        (part * shard.part).min(len)..(part * (shard.part + 1)).min(len)
+    }
+}
+
 /// The flat layout of all trained parameters.
 #[derive(Clone, Debug)]
 pub struct Layout {
@@ -83,6 +115,20 @@ pub fn is_decay_exempt(name: &str) -> bool {
 }
 
 impl Layout {
+    /// Lays out what a recipe trains.
+    ///
+    /// # Errors
+    /// When the model cannot be built for the recipe's action spaces.
+    pub fn of_run(config: &RunConfig) -> Result<Self, pollen_model::Error> {
+        let table = config.model.parameter_table(&config.action_spaces)?;
+        let trained = table.iter().filter(|spec| spec.trained);
+        Ok(Self::new(
+            trained.map(|spec| (spec.name.clone(), spec.shape.clone())),
+            &config.train.optimizer,
+            config.train.bucket.as_u64(),
+        ))
+    }
+
     /// Lays out `parameters` (name, shape) in buckets of at least `bucket_bytes` where a region
     /// has as much.
     pub fn new(
@@ -202,6 +248,26 @@ mod tests {
         assert_eq!(layout.entries()[0].action_space(), Some("x"));
         assert_eq!(layout.entries()[1].action_space(), None);
         assert_eq!(layout.len(), 48);
+    }
+
+    #[test]
+    fn shards_cover_every_bucket_once_in_whole_chunks() {
+        for len in [1, CHUNK, 5 * CHUNK + 3, 64 * CHUNK] {
+            let bucket = Bucket {
+                entries: 0..1,
+                range: 100..100 + len,
+            };
+            for parts in [1, 2, 3, 7] {
+                let mut covered = 0;
+                for part in 0..parts {
+                    let share = bucket.share(Shard { part, parts });
+                    assert_eq!(share.start, covered, "{len} in {parts}");
+                    assert!(share.start.is_multiple_of(CHUNK) || share.is_empty());
+                    covered = share.end;
+                }
+                assert_eq!(covered, len, "{len} in {parts}");
+            }
+        }
     }
 
     #[test]

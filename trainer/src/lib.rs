@@ -10,11 +10,13 @@
 //! | [`run`] | a worker from its arguments to its exit code |
 //! | [`training_loop`] | the loop: log, save, stop |
 //! | [`step`] | one optimizer step, the whole of it |
+//! | `update` | its end: norm, AdamW on this rank's shard, new weights |
 //! | [`verdict`] | what all ranks decide together |
 //! | [`batch`] | host batch to tensors, with noise and flow time |
 //! | [`randomness`] | randomness that belongs to the sample |
-//! | [`data_parallel`] | flat gradients, summed over ranks |
+//! | [`data_parallel`] | flat gradients, summed over ranks while the backward pass goes on |
 //! | [`layout`] | where each parameter lies in the flat state |
+//! | [`memory`] | what a rank keeps, by world size |
 //! | [`optim`], [`clip`], [`schedule`] | AdamW, the global norm, learning rates and EMA decay |
 //! | `ema` | averaged weights |
 //! | [`recovery`] | what is saved and restored with all ranks |
@@ -47,6 +49,7 @@ mod faults;
 mod golden;
 mod initial;
 pub mod layout;
+pub mod memory;
 pub mod optim;
 pub mod phases;
 pub mod pulse;
@@ -58,6 +61,7 @@ pub mod schedule;
 pub mod signals;
 pub mod step;
 pub mod training_loop;
+mod update;
 pub mod verdict;
 mod watchdog;
 mod weights;

@@ -6,11 +6,14 @@ use std::ops::Range;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::config::{GroupConfig, OptimizerConfig};
-use crate::layout::{Entry, Layout};
+use crate::layout::{Entry, Layout, Shard};
 
-/// First and second moments of every trained value, by bucket.
+/// First and second moments of a shard of every bucket: with all of it replicated, or with a part
+/// on each rank (ZeRO-1: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion
+/// parameter models", 2020).
 #[derive(Debug)]
 pub struct AdamW {
+    shard: Shard,
     exp_avg: Vec<Tensor<1>>,
     exp_avg_sq: Vec<Tensor<1>>,
     /// Updates done so far; the bias correction's exponent. A skipped step is not counted.
@@ -19,15 +22,16 @@ pub struct AdamW {
 
 impl AdamW {
     /// Returns moments of zero.
-    pub fn new(layout: &Layout, device: &Device) -> Self {
+    pub fn new(layout: &Layout, shard: Shard, device: &Device) -> Self {
         let zeros = || {
             layout
                 .buckets()
                 .iter()
-                .map(|bucket| Tensor::zeros([bucket.range.len()], device))
+                .map(|bucket| Tensor::zeros([bucket.share(shard).len()], device))
                 .collect()
         };
         Self {
+            shard,
             exp_avg: zeros(),
             exp_avg_sq: zeros(),
             updates: 0,
@@ -37,6 +41,7 @@ impl AdamW {
     /// Restores moments from flat values; `read(name, range)` returns one range of a flat array.
     pub fn restore<E>(
         layout: &Layout,
+        shard: Shard,
         device: &Device,
         updates: u64,
         mut read: impl FnMut(&str, Range<u64>) -> Result<Vec<f32>, E>,
@@ -45,13 +50,17 @@ impl AdamW {
             let buckets = layout.buckets().iter();
             buckets
                 .map(|bucket| {
-                    let values = read(name, bucket.range.start as u64..bucket.range.end as u64)?;
-                    let shape = [bucket.range.len()];
+                    let share = bucket.share(shard);
+                    let start = bucket.range.start as u64;
+                    let range = start + share.start as u64..start + share.end as u64;
+                    let values = read(name, range)?;
+                    let shape = [share.len()];
                     Ok(Tensor::from_data(TensorData::new(values, shape), device))
                 })
                 .collect::<Result<Vec<Tensor<1>>, E>>()
         };
         Ok(Self {
+            shard,
             exp_avg: load("exp_avg")?,
             exp_avg_sq: load("exp_avg_sq")?,
             updates,
@@ -63,24 +72,39 @@ impl AdamW {
         self.updates
     }
 
-    /// Returns the values of `range` of a moment as host memory.
-    pub fn moments(&self, layout: &Layout, range: Range<usize>) -> [(&'static str, Vec<f32>); 2] {
-        let slice = |buckets: &[Tensor<1>]| {
-            let mut out = Vec::with_capacity(range.len());
-            for (bucket, tensor) in layout.buckets().iter().zip(buckets) {
-                let start = range.start.max(bucket.range.start);
-                let end = range.end.min(bucket.range.end);
-                if start < end {
-                    let local = start - bucket.range.start..end - bucket.range.start;
-                    out.extend(host(tensor.clone().slice([local])));
+    /// Returns which shard of the moments is here.
+    pub fn shard(&self) -> Shard {
+        self.shard
+    }
+
+    /// Returns what is here of the flat `range` of each moment as host memory: name, first flat
+    /// index, values; neighbours in one piece.
+    pub fn moments(
+        &self,
+        layout: &Layout,
+        range: &Range<usize>,
+    ) -> Vec<(&'static str, usize, Vec<f32>)> {
+        let mut pieces: Vec<(&'static str, usize, Vec<f32>)> = Vec::new();
+        for (name, moment) in [("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)] {
+            for (bucket, tensor) in layout.buckets().iter().zip(moment) {
+                let first = bucket.range.start + bucket.share(self.shard).start;
+                let last = bucket.range.start + bucket.share(self.shard).end;
+                let (start, end) = (range.start.max(first), range.end.min(last));
+                if start >= end {
+                    continue;
+                }
+                let values = host(tensor.clone().slice([start - first..end - first]));
+                match pieces.last_mut() {
+                    Some((before, offset, piece))
+                        if *before == name && *offset + piece.len() == start =>
+                    {
+                        piece.extend(values);
+                    }
+                    _ => pieces.push((name, start, values)),
                 }
             }
-            out
-        };
-        [
-            ("exp_avg", slice(&self.exp_avg)),
-            ("exp_avg_sq", slice(&self.exp_avg_sq)),
-        ]
+        }
+        pieces
     }
 
     /// Counts one update; call before the first [`Self::update_bucket`] of a step.
@@ -88,13 +112,13 @@ impl AdamW {
         self.updates += 1;
     }
 
-    /// Updates the parameters of bucket `index` in place of `parameters`.
+    /// Returns what the shard of bucket `index` becomes from `parameters`, its values now.
     ///
     /// `active(entry)` says whether an entry takes part: parameters of action spaces that are
     /// absent from the whole global batch are left alone, moments and decay included.
     ///
     /// # Shapes
-    /// `parameters` and `gradients`: one value per element of the bucket.
+    /// `parameters` and `gradients`: one value per element of the bucket's share.
     pub fn update_bucket(
         &mut self,
         layout: &Layout,
@@ -113,9 +137,11 @@ impl AdamW {
             learning_rate,
             self.updates,
         );
-        let spans = active_spans(entries, bucket.range.start, active);
+        let share = bucket.share(self.shard);
+        let here = bucket.range.start + share.start..bucket.range.start + share.end;
+        let spans = active_spans(entries, here, active);
         if let [span] = spans.as_slice()
-            && *span == (0..bucket.range.len())
+            && *span == (0..share.len())
         {
             let moments = (self.exp_avg[index].clone(), self.exp_avg_sq[index].clone());
             let (parameters, m, v) = rule.apply(parameters, gradients, moments);
@@ -138,15 +164,20 @@ impl AdamW {
     }
 }
 
-/// Merges active neighbours, relative to the bucket's start.
+/// Returns the active entries inside the flat range `here`, relative to its start, neighbours merged.
 fn active_spans(
     entries: &[Entry],
-    start: usize,
+    here: Range<usize>,
     active: impl Fn(&Entry) -> bool,
 ) -> Vec<Range<usize>> {
     let mut spans: Vec<Range<usize>> = Vec::new();
     for entry in entries.iter().filter(|entry| active(entry)) {
-        let range = entry.range().start - start..entry.range().end - start;
+        let start = entry.range().start.max(here.start);
+        let end = entry.range().end.min(here.end);
+        if start >= end {
+            continue;
+        }
+        let range = start - here.start..end - here.start;
         match spans.last_mut() {
             Some(last) if last.end == range.start => last.end = range.end,
             _ => spans.push(range),
@@ -281,7 +312,7 @@ mod tests {
             }
         };
         let rates = golden.f64s("input.lr");
-        let mut adam = AdamW::new(&layout, &device);
+        let mut adam = AdamW::new(&layout, Shard::WHOLE, &device);
         let mut parameters = flat("input.param.");
         let mut ema = Ema {
             config: EmaConfig::default(),
@@ -303,7 +334,10 @@ mod tests {
         check("exp_avg_sq.", &adam.exp_avg_sq, &mut seen);
         check("ema.", &ema.buckets, &mut seen);
         let last = flat(&format!("input.grad.{}.", rates.len() - 1));
-        let norm = clip::norm(last.iter().map(|bucket| host(bucket.clone())));
+        let sums = last
+            .iter()
+            .flat_map(|bucket| clip::square_sums(&host(bucket.clone())));
+        let norm = clip::norm(&sums.collect::<Vec<f64>>());
         let want = f64::from(golden.f32s("output.clip_total_norm")[0]);
         assert!((norm - want).abs() <= bound * want, "norm {norm} {want}");
         seen.push("output.clip_total_norm".into());
@@ -333,7 +367,7 @@ mod tests {
             &optimizer,
             1 << 20,
         );
-        let mut adam = AdamW::new(&layout, &device);
+        let mut adam = AdamW::new(&layout, Shard::WHOLE, &device);
         adam.begin_update();
         let ones = || Tensor::<1>::ones([6], &device);
         let active = |entry: &Entry| entry.action_space() != Some("a");
@@ -341,7 +375,10 @@ mod tests {
             host(adam.update_bucket(&layout, 0, ones(), ones(), (0.1, &optimizer), active));
         assert_eq!(updated[..2], [1.0, 1.0]);
         assert!(updated[2..].iter().all(|&x| x < 0.95), "{updated:?}");
-        let [(_, m), (_, v)] = adam.moments(&layout, 1..4);
+        let moments = adam.moments(&layout, &(1..4));
+        let [(_, 1, m), (_, 1, v)] = &moments[..] else {
+            panic!("{moments:?}")
+        };
         assert_eq!((m[0], v[0]), (0.0, 0.0));
         assert!(m[1] > 0.0 && v[2] > 0.0);
     }

@@ -11,6 +11,7 @@ use pollen_observe::EventLog;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
+use crate::layout::Shard;
 use crate::optim::host;
 use crate::saving::{NamedTensor, Place, Saver, Snapshot};
 use crate::step::Trainer;
@@ -204,20 +205,21 @@ fn own_tensors(
     own
 }
 
-/// Returns the ranges of the moments that this rank writes.
+/// Returns the ranges of the moments that this rank writes: what it has of them in shards, or an
+/// even share where every rank has all.
 fn own_moments(
     trainer: &Trainer,
     rank: u32,
     world_size: u32,
 ) -> Vec<(&'static str, usize, Vec<f32>)> {
-    let len = trainer.layout.len() as u64;
-    let cut = |rank: u32| (len * u64::from(rank) / u64::from(world_size)) as usize;
-    let range = cut(rank)..cut(rank + 1);
-    let moments = trainer.optimizer.moments(&trainer.layout, range.clone());
-    moments
-        .into_iter()
-        .map(|(name, values)| (name, range.start, values))
-        .collect()
+    let len = trainer.layout.len();
+    let range = if trainer.optimizer.shard() == Shard::WHOLE {
+        let cut = |rank: u32| (len as u64 * u64::from(rank) / u64::from(world_size)) as usize;
+        cut(rank)..cut(rank + 1)
+    } else {
+        0..len
+    };
+    trainer.optimizer.moments(&trainer.layout, &range)
 }
 
 pub(crate) fn to_json(value: &impl Serialize) -> Result<Vec<u8>, Error> {

@@ -15,9 +15,10 @@ use pollen_storage::{Observer, Recovered, Retry, Storage};
 
 use crate::batch::BatchBuilder;
 use crate::config::RunConfig;
+use crate::data_parallel::Reduction;
 use crate::ema::Ema;
 use crate::error::Error;
-use crate::layout::Layout;
+use crate::layout::{Layout, Shard};
 use crate::optim::AdamW;
 use crate::phases::{Phase, PhaseTimer};
 use crate::pulse::Pulse;
@@ -193,7 +194,7 @@ impl Worker {
         let device = Device::flex().autodiff();
         let seed = Seed::new(config.seed).child("weights");
         let model = config.model.init(&config.action_spaces, seed, &device)?;
-        let layout = layout_of(&model, config);
+        let layout = Layout::of_run(config)?;
         let identity = self.identity(&data, &layout);
         let url = format!("{}/checkpoints", self.args.run_url.trim_end_matches('/'));
         let storage = Storage::open(&url, &config.storage, Arc::clone(&self.observer))?;
@@ -226,7 +227,7 @@ impl Worker {
         let state = State::load(
             model,
             config.train.ema.as_ref(),
-            &layout,
+            (&layout, self.shard()),
             &device,
             &recovery,
             restored.as_ref(),
@@ -283,6 +284,18 @@ impl Worker {
             )]));
         }
         Ok(Arc::new(data))
+    }
+
+    /// Returns what this rank keeps of the optimizer's state.
+    fn shard(&self) -> Shard {
+        if self.args.config.train.shard_optimizer {
+            Shard {
+                part: self.args.rank as usize,
+                parts: self.args.world_size as usize,
+            }
+        } else {
+            Shard::WHOLE
+        }
     }
 
     fn identity(&self, data: &Data, layout: &Layout) -> Identity {
@@ -343,6 +356,12 @@ impl Worker {
             mixture,
             loader,
             communicator: Arc::clone(&self.communicator),
+            reduction: Reduction {
+                communicator: Arc::clone(&self.communicator),
+                shard: self.shard(),
+                dtype: self.args.config.train.reduce_dtype,
+                overlap: self.args.config.train.overlap,
+            },
             device,
             timer: PhaseTimer::new(Arc::clone(&self.clock), Arc::clone(&self.pulse)),
             stop: self.stop.clone(),
@@ -387,19 +406,6 @@ impl Worker {
     }
 }
 
-fn layout_of(model: &Flower, config: &RunConfig) -> Layout {
-    let parameters = model
-        .parameters()
-        .into_iter()
-        .filter(|info| info.trained)
-        .map(|info| (info.name, info.shape));
-    Layout::new(
-        parameters,
-        &config.train.optimizer,
-        config.train.bucket.as_u64(),
-    )
-}
-
 /// What a checkpoint brings back.
 struct State {
     model: Flower,
@@ -414,7 +420,7 @@ impl State {
     fn load(
         model: Flower,
         ema: Option<&EmaConfig>,
-        layout: &Layout,
+        (layout, shard): (&Layout, Shard),
         device: &Device,
         recovery: &Recovery,
         restored: Option<&Restored>,
@@ -424,7 +430,7 @@ impl State {
             return Ok(Self {
                 ema: ema.map(|ema| Ema::new(ema.clone(), &model, layout)),
                 model,
-                optimizer: AdamW::new(layout, &plain),
+                optimizer: AdamW::new(layout, shard, &plain),
                 step: 0,
                 non_finite: 0,
                 bad_samples: 0,
@@ -461,7 +467,7 @@ impl State {
                 reason,
             });
         }
-        let optimizer = AdamW::restore(layout, &plain, head.updates, |name, range| {
+        let optimizer = AdamW::restore(layout, shard, &plain, head.updates, |name, range| {
             recovery.checkpoints().read_flat(restored, name, range)
         })?;
         let ema = ema

@@ -10,10 +10,10 @@ use pollen_model::{Flower, SegmentedPass};
 use crate::batch::{BatchBuilder, FlowBatch, next_micro_batch};
 use crate::clip;
 use crate::config::{Group, RunConfig};
-use crate::data_parallel::{Gradients, sum_f64, to_device};
+use crate::data_parallel::{Gradients, Reduction, sum_f64};
 use crate::ema::Ema;
 use crate::error::Error;
-use crate::layout::{Entry, Layout};
+use crate::layout::Layout;
 use crate::optim::AdamW;
 use crate::phases::{Phase, PhaseTimer};
 use crate::signals::StopFlags;
@@ -53,6 +53,7 @@ pub struct Trainer {
     pub(crate) runtime: tokio::runtime::Handle,
     pub(crate) batches: BatchBuilder,
     pub(crate) communicator: Arc<dyn Communicator>,
+    pub(crate) reduction: Reduction,
     pub(crate) device: Device,
     pub(crate) timer: PhaseTimer,
     pub(crate) stop: StopFlags,
@@ -87,7 +88,8 @@ impl Trainer {
         let global = self.global_batch(step);
         self.timer.begin_step(step + 1);
 
-        let mut gradients = Gradients::default();
+        let (layout, device) = (&self.layout, &self.device);
+        let mut gradients = Gradients::new(layout, &self.reduction, device, self.prove_exchange);
         let mut verdict = Verdict::default();
         let (mut delivered, mut bad) = (Vec::new(), Vec::new());
         for micro_batch in 0..self.accumulation {
@@ -102,27 +104,28 @@ impl Trainer {
             verdict.loss += f64::from(loss.clone().into_scalar::<f32>());
 
             self.timer.enter(Phase::Backward);
-            let named = pass.backward(&loss).flatten().collect();
-            gradients.add(&self.layout, named, &self.device);
+            for named in pass.backward(&loss) {
+                gradients.add(named, micro_batch + 1 == self.accumulation)?;
+            }
         }
 
         self.timer.enter(Phase::AllReduce);
-        let own = self.prove_exchange.then(|| gradients.hash());
-        let reduced = gradients.all_reduce(self.communicator.as_ref())?;
+        let (reduced, own_hash) = gradients.finish()?;
+        let square_sums = self.square_sums(&reduced)?;
         let verdict = self.agree(verdict)?;
         self.check_count(verdict, global.valid_entries)?;
         let audit = self.audit(delivered)?;
         self.bad_samples += verdict.bad_samples as u64;
 
         self.timer.enter(Phase::Optimizer);
-        let grad_norm = clip::norm(&reduced);
-        let exchange = own.map(|own| (own, crate::data_parallel::hash(&reduced)));
+        let grad_norm = clip::norm(&square_sums);
+        let exchange = own_hash.map(|own| (own, crate::data_parallel::hash(&square_sums)));
         let skipped = !(verdict.loss.is_finite() && grad_norm.is_finite());
         let learning_rate = self.learning_rates();
         if skipped {
             self.non_finite += 1;
         } else {
-            self.update(reduced, grad_norm, learning_rate, &global);
+            self.update(reduced, grad_norm, learning_rate, &global)?;
         }
         self.timer.close();
         self.step += 1;
@@ -212,86 +215,4 @@ impl Trainer {
             samples.into_iter().map(|sample| sample as u64).collect(),
         ))
     }
-
-    fn learning_rates(&self) -> [(Group, f64); 2] {
-        let update = self.optimizer.updates();
-        [Group::Head, Group::Vlm].map(|group| {
-            let settings = self.config.train.optimizer.group(group);
-            (
-                group,
-                settings
-                    .schedule
-                    .learning_rate(settings.learning_rate, update),
-            )
-        })
-    }
-
-    /// Clips, updates bucket by bucket and puts the new values into the model.
-    fn update(
-        &mut self,
-        reduced: Vec<Vec<f32>>,
-        grad_norm: f64,
-        learning_rate: [(Group, f64); 2],
-        global: &GlobalBatch,
-    ) {
-        let factor = clip::factor(grad_norm, self.config.train.clip_norm);
-        let active = |entry: &Entry| {
-            entry
-                .action_space()
-                .is_none_or(|space| global.spaces.iter().any(|s| s == space))
-        };
-        self.optimizer.begin_update();
-        let mut values = crate::weights::FlatWeights::of(&self.model, &self.layout);
-        for (index, gradient) in reduced.into_iter().enumerate() {
-            let group = self.layout.entries()[self.layout.buckets()[index].entries.start].group;
-            let rate = learning_rate
-                .iter()
-                .find(|(g, _)| *g == group)
-                .expect("both groups")
-                .1;
-            let mut gradient = to_device(gradient, &self.device.clone().inner());
-            if factor < 1.0 {
-                gradient = gradient * factor;
-            }
-            values.update(&self.layout, index, |weights| {
-                let weights = self.optimizer.update_bucket(
-                    &self.layout,
-                    index,
-                    weights,
-                    gradient,
-                    (rate, &self.config.train.optimizer),
-                    active,
-                );
-                if let Some(ema) = &mut self.ema {
-                    ema.update(index, weights.clone(), self.optimizer.updates());
-                }
-                weights
-            });
-        }
-        self.model = values.into_model(self.model.clone());
-    }
-
-    /// What every rank knows of the whole global batch from the sample order alone.
-    fn global_batch(&self, step: u64) -> GlobalBatch {
-        let size = self.config.train.global_batch as usize;
-        let mut batch = GlobalBatch {
-            valid_entries: 0,
-            spaces: Vec::new(),
-        };
-        for (_, sample) in self.mixture.global_batch(step, size) {
-            batch.valid_entries += self.data.valid_entries(sample);
-            let space = &self.data.datasets()[sample.dataset as usize]
-                .action_space()
-                .name;
-            if !batch.spaces.contains(space) {
-                batch.spaces.push(space.clone());
-            }
-        }
-        batch
-    }
-}
-
-struct GlobalBatch {
-    valid_entries: u64,
-    spaces: Vec<String>,
 }

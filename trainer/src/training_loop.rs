@@ -169,12 +169,7 @@ fn log_step(
             reason: bad.reason.clone(),
         })?;
     }
-    let sheet = report.skipped.then(|| {
-        // A picture that cannot be made is no reason to stop.
-        crate::contact_sheet::write(trainer, trainer.step, &session.run_dir)
-            .inspect_err(|error| tracing::warn!(%error, "no contact sheet"))
-            .ok()
-    });
+    let sheet = report.skipped.then(|| contact_sheet(trainer, session));
     if trainer.communicator.rank() != 0 {
         return Ok(());
     }
@@ -225,6 +220,16 @@ fn log_step(
         datasets,
     }))?;
     Ok(())
+}
+
+/// Writes this rank's pictures of the step; without them the run goes on as well.
+fn contact_sheet(trainer: &mut Trainer, session: &Session) -> Option<PathBuf> {
+    trainer.timer.enter(Phase::Eval);
+    let sheet = crate::contact_sheet::write(trainer, trainer.step, &session.run_dir)
+        .inspect_err(|error| tracing::warn!(%error, "no contact sheet"))
+        .ok();
+    trainer.timer.close();
+    sheet
 }
 
 /// Turns what the checkpoint reader passed over into the event's form.

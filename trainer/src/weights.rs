@@ -7,7 +7,7 @@ use pollen_model::Flower;
 
 use crate::layout::Layout;
 
-/// Flat weights by canonical name. Only the bucket in work is held twice.
+/// Flat weights by canonical name.
 #[derive(Debug)]
 pub(crate) struct FlatWeights {
     by_name: HashMap<String, Tensor<1>>,
@@ -26,27 +26,22 @@ impl FlatWeights {
         Self { by_name }
     }
 
-    /// Replaces bucket `index` by what `change` makes of it.
-    pub(crate) fn update(
-        &mut self,
-        layout: &Layout,
-        index: usize,
-        change: impl FnOnce(Tensor<1>) -> Tensor<1>,
-    ) {
+    /// Takes bucket `index` out.
+    pub(crate) fn take(&mut self, layout: &Layout, index: usize) -> Tensor<1> {
+        let entries = &layout.entries()[layout.buckets()[index].entries.clone()];
+        let parts = entries.iter().map(|entry| {
+            let values = self.by_name.remove(&entry.name);
+            values.expect("every entry is a parameter, and a bucket is taken once")
+        });
+        Tensor::cat(parts.collect(), 0)
+    }
+
+    /// Puts new values of bucket `index` in.
+    pub(crate) fn put(&mut self, layout: &Layout, index: usize, values: &Tensor<1>) {
         let bucket = &layout.buckets()[index];
-        let entries = &layout.entries()[bucket.entries.clone()];
-        let parts = entries
-            .iter()
-            .map(|entry| {
-                self.by_name
-                    .remove(&entry.name)
-                    .expect("every entry is a parameter")
-            })
-            .collect();
-        let flat = change(Tensor::cat(parts, 0));
-        for entry in entries {
+        for entry in &layout.entries()[bucket.entries.clone()] {
             let start = entry.offset - bucket.range.start;
-            let values = flat.clone().slice([start..start + entry.len()]);
+            let values = values.clone().slice([start..start + entry.len()]);
             self.by_name.insert(entry.name.clone(), values);
         }
     }

@@ -12,7 +12,8 @@ use crate::recipe::Recipe;
 pub(crate) fn run(args: &RecipeArgs) -> Result<ExitCode> {
     let recipe = Recipe::load(&args.recipe, &args.overrides)?;
     let plan = plan_of(&recipe, 0, 0.0, None)?;
-    write!(std::io::stdout().lock(), "{}", plan.render())?;
+    let memory = pollen_trainer::memory::table(&recipe.config)?;
+    write!(std::io::stdout().lock(), "{}{memory}", plan.render())?;
     Ok(ExitCode::Done)
 }
 
