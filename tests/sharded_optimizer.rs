@@ -54,7 +54,7 @@ fn shards_have_the_bits_of_the_whole_at_any_number_of_workers() {
         let what = format!("{workers} workers");
         assert_eq!(shards.losses(), whole.losses(), "{what}");
         assert_same(&what, &shards, &whole, 6);
-        let shards_config = shards.config();
+        let config = shards.config();
         // The moments really lay in shards: each rank wrote several ranges, and not all of it.
         let manifest = shards.manifest(&lab, 6);
         let files = manifest["files"].as_array().unwrap();
@@ -70,11 +70,9 @@ fn shards_have_the_bits_of_the_whole_at_any_number_of_workers() {
             .collect();
         assert_eq!(held.len(), workers as usize);
         assert!(held.iter().all(|&held| held > 0), "{what}: {held:?}");
-        let total: u64 = held.iter().sum();
-        assert!(
-            held[0] <= total / u64::from(workers) + 4 * 2 * 4096,
-            "{what}: {held:?}"
-        );
+        let moments = |sharded| Memory::of(&config, workers, sharded).unwrap().moments;
+        assert_eq!(moments(true), 4 * held[0], "{what}: the plan's figure");
+        assert_eq!(moments(false), 4 * held.iter().sum::<u64>(), "{what}");
     }
 }
 
