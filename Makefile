@@ -38,6 +38,7 @@ test: setup ## Runs all tests: units, golden vectors, two workers killed and res
 
 test-interop: setup build ## Opens what Pollen writes with the real Python packages (downloads gigabytes)
 	@scripts/test-interop-lerobot.sh $(POLLEN)
+	@scripts/test-interop-weights.sh $(POLLEN)
 
 lint: ## Checks formatting, lints, documentation and the repository's own rules
 	@$(CARGO) fmt --all --check

@@ -38,6 +38,8 @@ pub(crate) enum Command {
     /// Describes a recipe's model
     #[command(subcommand)]
     Model(ModelCommand),
+    /// Writes a checkpoint's weights under the names that others know, in Hugging Face's layout
+    Export(ExportArgs),
     /// Brings published weights in
     #[command(subcommand)]
     Weights(WeightsCommand),
@@ -253,6 +255,54 @@ pub(crate) enum WhichWeights {
     Ema,
     /// What the optimizer left
     Raw,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportArgs {
+    /// Folder of a run's checkpoints (the newest that verifies is taken), of one checkpoint, or of
+    /// imported weights
+    pub(crate) checkpoint: String,
+    /// Folder or URL to write to
+    pub(crate) destination: String,
+    /// The recipe that wrote it; the surest is the run's own config.toml
+    #[arg(long)]
+    pub(crate) recipe: String,
+    /// Overrides one key of the recipe; may be repeated
+    #[arg(long = "set", value_name = "KEY=VALUE")]
+    pub(crate) overrides: Vec<String>,
+    /// What is written
+    #[arg(long, default_value = "flower")]
+    pub(crate) what: WhatToExport,
+    /// Type of the written parameters
+    #[arg(long, default_value = "f32")]
+    pub(crate) dtype: ExportType,
+    /// Which weights of a checkpoint are written
+    #[arg(long, value_name = "KIND", default_value = "raw")]
+    pub(crate) weights: WhichWeights,
+    /// Size of a file, unless one tensor is larger
+    #[arg(long, default_value = "4 GB", value_name = "SIZE")]
+    pub(crate) shard_size: pollen_core::ByteSize,
+    /// Exports although the checkpoint was written with another configuration
+    #[arg(long)]
+    pub(crate) accept_other_recipe: bool,
+}
+
+/// What is exported.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum WhatToExport {
+    /// The whole model under the names of the FLOWER authors' code
+    Flower,
+    /// The vision-language encoder, for Hugging Face transformers
+    Vlm,
+}
+
+/// Type of exported parameters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum ExportType {
+    /// As they are
+    F32,
+    /// Rounded; tables of positions stay f32
+    Bf16,
 }
 
 /// Reads a name as a recipe has it.

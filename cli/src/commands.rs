@@ -4,6 +4,7 @@ pub(crate) mod checkpoint;
 pub(crate) mod config;
 pub(crate) mod convert;
 pub(crate) mod data;
+pub(crate) mod export;
 pub(crate) mod launch;
 pub(crate) mod model;
 pub(crate) mod plan;

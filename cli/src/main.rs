@@ -29,6 +29,7 @@ fn main() -> ExitCode {
         Command::Config(args) => commands::config::run(&args),
         Command::Data(args) => commands::data::run(&args),
         Command::Model(args) => commands::model::run(&args),
+        Command::Export(args) => commands::export::run(&args),
         Command::Weights(args) => commands::weights::run(&args),
     };
     exit::report(result)

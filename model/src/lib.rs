@@ -75,6 +75,8 @@ mod weights;
 #[cfg(test)]
 mod golden;
 #[cfg(test)]
+mod interop;
+#[cfg(test)]
 mod switches;
 #[cfg(test)]
 mod testing;

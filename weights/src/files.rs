@@ -168,6 +168,30 @@ impl WeightFiles {
         Ok(files)
     }
 
+    /// Takes the tensors of other files of the same folder in place of those of the same name,
+    /// which must be there: averaged weights of a checkpoint.
+    pub async fn overlay(mut self, files: &[String]) -> Result<Self> {
+        for file in files {
+            let mut other = Self {
+                storage: self.storage.clone(),
+                url: self.url.clone(),
+                tensors: BTreeMap::new(),
+                notes: serde_json::Value::Null,
+            };
+            other.add(file).await?;
+            for (name, stored) in other.tensors {
+                if !self.tensors.contains_key(&name) {
+                    return Err(Error::Corrupt {
+                        file: self.file_of(&stored),
+                        reason: format!("tensor `{name}` is no weight of the model"),
+                    });
+                }
+                self.tensors.insert(name, stored);
+            }
+        }
+        Ok(self)
+    }
+
     /// Reads the header of a file and adds its tensors.
     async fn add(&mut self, file: &str) -> Result<()> {
         let size = self.storage.head(file).await?;

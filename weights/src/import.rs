@@ -95,7 +95,8 @@ impl Values for Fitted<'_> {
     }
 }
 
-fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
+/// Returns the transpose of a matrix of `rows` rows.
+pub(crate) fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
     let columns = values.len() / rows.max(1);
     (0..columns)
         .flat_map(|column| (0..rows).map(move |row| values[row * columns + column]))

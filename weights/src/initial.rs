@@ -90,6 +90,11 @@ impl Initial {
         self.names.is_empty()
     }
 
+    /// Reads a parameter that must be there.
+    pub(crate) async fn require(&self, name: &str) -> Result<Vec<f32>> {
+        self.files.read(name).await
+    }
+
     /// Reads a parameter, if it is there.
     pub async fn read(&self, name: &str) -> Result<Option<Vec<f32>>> {
         if self.names.contains(name) {

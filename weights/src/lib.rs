@@ -3,12 +3,15 @@
 //! ```text
 //! url --WeightFiles (headers only)--> keys --names--> parameters --fit--> Fit (report, faults)
 //! Fit --import, one tensor at a time--> shards + index under canonical names
+//! shards + index, or a checkpoint --Initial--> a run's first weights
+//!                                       +-----export--> shards + index under others' names
 //! ```
 //!
 //! | module | job |
 //! |---|---|
 //! | `choices` | what weights were trained with and do not show |
 //! | `error` | what is wrong, in which file and tensor |
+//! | `export` | writes a model under others' names |
 //! | `files` | safetensors files behind a URL, read by ranges |
 //! | `fit`, `fitting` | which tensor becomes which parameter, and why not |
 //! | `header` | the head of a safetensors file, every number checked |
@@ -23,6 +26,7 @@
 
 mod choices;
 mod error;
+mod export;
 mod files;
 mod fit;
 mod fitting;
@@ -39,6 +43,7 @@ mod tests;
 
 pub use choices::Choices;
 pub use error::{Error, Result};
+pub use export::{ExportOptions, What, export};
 pub use files::{Stored, WeightFiles};
 pub use fit::{Fit, FitError, FitOptions, PromptSource, fit, is_named};
 pub use import::import;

@@ -224,7 +224,6 @@ fn transformers(name: &str) -> Meaning {
 
 /// Returns the name that `transformers` gives to a parameter of the encoder, and whether it holds
 /// the transpose; none for parameters that it does not know.
-#[cfg(test)]
 pub(crate) fn to_transformers(name: &str) -> Option<(String, bool)> {
     let rest = name.strip_prefix("vlm.")?;
     if rest == "image_projection" {

@@ -1,6 +1,7 @@
 //! Whole imports of small models from files made here.
 
 mod bad_input;
+mod export_round_trip;
 mod sources;
 
 use std::collections::BTreeMap;
