@@ -365,6 +365,15 @@ impl FlowerConfig {
         self.num_cameras * self.vision.num_tokens() + 1 + text_len
     }
 
+    /// Returns whether padding behind the text changes nothing, so that it can be left out: the
+    /// encoder must not attend to it, and neither may the cross-attention. An additive mask leaves
+    /// padding its share of the attention, and as every padded token has a position and an output
+    /// of its own, no single key could stand for them.
+    pub fn ignores_padding(&self) -> bool {
+        self.encoder_mask == EncoderMask::TextAndFlow
+            && self.cross_attention_mask == CrossAttentionMask::Boolean
+    }
+
     /// Returns the number of columns of [`TrainMasks::depth_keep`](crate::TrainMasks): one per
     /// camera, block and residual branch, the last running fastest.
     pub fn num_depth_blocks(&self) -> usize {

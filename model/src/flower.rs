@@ -148,6 +148,7 @@ impl FlowTransformer {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::{CrossAttentionMask, EncoderMask};
     use crate::testing::{bits, hold_generator, mini, mini_observation, space, values};
     use burn::tensor::Int;
     use pollen_core::Seed;
@@ -158,10 +159,11 @@ mod tests {
 
     /// A model whose global modulation is not zero, as after some training.
     fn model(config: &FlowerConfig) -> Flower {
-        let device = Device::flex();
-        let fresh = config
-            .init(&spaces(), Seed::new(3), &device)
-            .expect("valid");
+        model_on(config, &Device::flex())
+    }
+
+    fn model_on(config: &FlowerConfig, device: &Device) -> Flower {
+        let fresh = config.init(&spaces(), Seed::new(3), device).expect("valid");
         let values: Vec<(String, usize)> = fresh
             .parameters()
             .into_iter()
@@ -175,7 +177,10 @@ mod tests {
             for value in &mut noise {
                 *value = *value * 0.2 + if norm { 1.0 } else { 0.0 };
             }
-            Some(Tensor::from_floats(noise.as_slice(), &device))
+            Some(Tensor::from_floats(
+                noise.as_slice(),
+                &device.clone().inner(),
+            ))
         })
     }
 
@@ -221,6 +226,56 @@ mod tests {
             beyond.iter().all(|&x| x == 0.0),
             "eef_delta has 7 dimensions"
         );
+    }
+
+    #[test]
+    fn padding_is_left_out_only_where_it_changes_nothing() {
+        let device = Device::flex().autodiff();
+        let mut obs = mini_observation(&[0, 1], &device);
+        let padding = Tensor::<2, Int>::ones([2, 5], &device);
+        let masked = Tensor::zeros([2, 5], &device);
+        let short = obs.clone();
+        obs.input_ids = Tensor::cat(vec![obs.input_ids, padding], 1);
+        obs.text_mask = Tensor::cat(vec![obs.text_mask, masked], 1);
+        let apart = |a: &[f32], b: &[f32]| {
+            let worst = a
+                .iter()
+                .zip(b)
+                .map(|(a, b)| (a - b).abs() / (1.0 + b.abs()));
+            worst.fold(0.0, f32::max)
+        };
+        for encoder_mask in [EncoderMask::TextAndFlow, EncoderMask::None] {
+            for cross_attention_mask in [
+                CrossAttentionMask::Boolean,
+                CrossAttentionMask::Additive,
+                CrossAttentionMask::None,
+            ] {
+                let config = FlowerConfig {
+                    encoder_mask,
+                    cross_attention_mask,
+                    ..mini()
+                };
+                let model = model_on(&config, &device);
+                let run = |obs: &Observation| {
+                    let context = model.encode(obs, None);
+                    let t = Tensor::full([2], 0.5, &device);
+                    let z = noise(&model, 2).autodiff();
+                    let velocity = model.velocity(&context, z, t, None);
+                    let mut grads = velocity.clone().square().sum().backward();
+                    let grads = model.take_gradients(&mut grads).into_iter();
+                    let grads = grads.filter_map(|(_, grad)| grad).flat_map(values);
+                    (values(velocity), grads.collect::<Vec<f32>>())
+                };
+                let (padded, trimmed) = (run(&obs), run(&short));
+                let apart = apart(&padded.0, &trimmed.0).max(apart(&padded.1, &trimmed.1));
+                if config.ignores_padding() {
+                    assert!(apart < 1e-4, "{encoder_mask:?}: {apart}");
+                } else {
+                    let masks = (encoder_mask, cross_attention_mask);
+                    assert!(apart > 1e-3, "{masks:?}: {apart}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -56,7 +56,14 @@ pub struct BatchBuilder {
     pub global_batch: u64,
     /// Action spaces by index.
     pub spaces: Vec<ActionSpace>,
+    /// Leave out the padding behind the longest text of a batch: only where it changes nothing
+    /// ([`FlowerConfig::ignores_padding`](pollen_model::FlowerConfig::ignores_padding)).
+    pub trim_text: bool,
 }
+
+/// A trimmed text has a multiple of this many tokens, so that devices that choose kernels by shape
+/// see few shapes.
+const TEXT_STEP: usize = 8;
 
 impl BatchBuilder {
     /// Returns a builder of the same inputs outside the gradient tape.
@@ -89,15 +96,30 @@ impl BatchBuilder {
             .collect();
         let text_mask: Vec<f32> = batch.text_mask.iter().map(|&m| f32::from(m)).collect();
         let ids = TensorData::new(batch.input_ids.clone(), [b, d.text_length]);
+        let ids = Tensor::<2, Int>::from_data(ids, device);
+        let text = self.text_length(batch);
         Observation {
             images: images.reshape([b, n, 3, s, s]),
             camera_present: present.contains(&0.0).then(|| floats(&present, [b, n])),
-            input_ids: Tensor::<2, Int>::from_data(ids, device),
-            text_mask: floats(&text_mask, [b, d.text_length]),
+            input_ids: ids.narrow(1, 0, text),
+            text_mask: floats(&text_mask, [b, d.text_length]).narrow(1, 0, text),
             frequency_hz: Tensor::<1>::from_floats(batch.frequency_hz.as_slice(), device),
             proprio: (d.proprio_width > 0).then(|| floats(&batch.proprio, [b, d.proprio_width])),
             spaces: batch.spaces.iter().map(|&space| space as usize).collect(),
         }
+    }
+
+    /// Returns the text tokens of a batch that the model is given.
+    fn text_length(&self, batch: &HostBatch) -> usize {
+        let padded = batch.dims.text_length;
+        if !self.trim_text {
+            return padded;
+        }
+        let texts = batch.text_mask.chunks_exact(padded.max(1));
+        let longest =
+            texts.map(|text| text.iter().rposition(|&m| m > 0).map_or(0, |last| last + 1));
+        let longest = longest.max().unwrap_or(0).max(1);
+        longest.next_multiple_of(TEXT_STEP).min(padded)
     }
 
     /// Returns the start noise of the sampler for a host batch, `[B, H, A]`.
@@ -161,12 +183,88 @@ impl BatchBuilder {
                 self.randomness
                     .token_keep(batch.sample_indices[i], rate, out);
             }
-            Tensor::from_data(TensorData::new(keep, [b, c, d]), &self.device)
+            // Text comes last, so that what is left out of it is at the end here too.
+            let kept = config.context_len(self.text_length(batch));
+            let keep = Tensor::<3>::from_data(TensorData::new(keep, [b, c, d]), &self.device);
+            keep.narrow(1, 0, kept)
         });
         TrainMasks {
             dropout,
             depth_keep,
             token_keep,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pollen_dataloader::{BatchDims, SampleRef};
+
+    /// Texts of so many words, padded to `padded`.
+    fn batch(words: &[usize], padded: usize) -> HostBatch {
+        let b = words.len();
+        let mask = |&words: &usize| (0..padded).map(move |i| u8::from(i < words));
+        let sample = SampleRef {
+            dataset: 0,
+            row_group: 0,
+            episode: 0,
+            frame: 0,
+        };
+        HostBatch {
+            dims: BatchDims {
+                batch: b,
+                cameras: 1,
+                image_size: 1,
+                text_length: padded,
+                action_horizon: 1,
+                action_width: 1,
+                proprio_width: 0,
+            },
+            sample_indices: (0..b as u64).collect(),
+            samples: vec![sample; b],
+            images: vec![0; b * 3],
+            camera_present: vec![true; b],
+            input_ids: (0..(b * padded) as i64).collect(),
+            text_mask: words.iter().flat_map(mask).collect(),
+            actions: vec![0.0; b],
+            valid: vec![1; b],
+            spaces: vec![0; b],
+            proprio: Vec::new(),
+            frequency_hz: vec![1.0; b],
+            bad: Vec::new(),
+        }
+    }
+
+    fn builder(trim_text: bool) -> BatchBuilder {
+        BatchBuilder {
+            device: Device::flex(),
+            randomness: Randomness::new(1),
+            global_batch: 2,
+            spaces: Vec::new(),
+            trim_text,
+        }
+    }
+
+    #[test]
+    fn padding_behind_the_longest_text_is_left_out() {
+        for (words, padded, want) in [
+            (vec![3, 9], 20, 16),
+            (vec![3, 8], 20, 8),
+            (vec![3, 18], 20, 20),
+            (vec![0, 0], 20, 8),
+            (vec![2, 2], 5, 5),
+        ] {
+            let host = batch(&words, padded);
+            let trimmed = builder(true).observation(&host);
+            let whole = builder(false).observation(&host);
+            assert_eq!(whole.input_ids.dims(), [2, padded]);
+            assert_eq!(trimmed.input_ids.dims(), [2, want]);
+            let ids = |ids: Tensor<2, Int>| ids.into_data().iter::<i64>().collect::<Vec<_>>();
+            let kept = whole.input_ids.narrow(1, 0, want);
+            assert_eq!(ids(trimmed.input_ids), ids(kept));
+            let words: usize = words.iter().sum();
+            assert_eq!(trimmed.text_mask.sum().into_scalar::<f32>(), words as f32);
         }
     }
 }

@@ -341,6 +341,7 @@ impl Worker {
                 randomness: Randomness::new(config.seed),
                 global_batch: u64::from(config.train.global_batch),
                 spaces: config.action_spaces.clone(),
+                trim_text: config.model.ignores_padding(),
             },
             model: state.model,
             optimizer: state.optimizer,
