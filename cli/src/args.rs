@@ -23,6 +23,12 @@ pub(crate) enum Command {
     Launch(LaunchArgs),
     /// Prints what a recipe would do and cost, without starting it
     Plan(RecipeArgs),
+    /// Lists running runs: step, rate, workers and their last signs of life
+    Ps(PsArgs),
+    /// Prints the workers' logs of a run's latest start
+    Logs(LogsArgs),
+    /// Asks a running run to save and end, waits for it and says what was saved
+    Stop(StopArgs),
     /// Runs one worker; `launch`, srun, mpirun or torchrun start it with RANK, WORLD_SIZE,
     /// MASTER_ADDR and MASTER_PORT in the environment
     Worker(WorkerArgs),
@@ -65,6 +71,53 @@ pub(crate) struct LaunchArgs {
     /// Prints the plan and stops
     #[arg(long)]
     pub(crate) dry_run: bool,
+    /// Continues although the data changed since the checkpoint, with another sample order
+    #[arg(long)]
+    pub(crate) accept_new_data: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PsArgs {
+    /// Folder of all runs
+    #[arg(long, default_value = "runs", value_name = "DIR")]
+    pub(crate) runs: PathBuf,
+    /// Lists runs that nobody works on, too
+    #[arg(long)]
+    pub(crate) all: bool,
+    /// Prints one JSON object a line
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// One run among those of a folder.
+#[derive(Debug, Args)]
+pub(crate) struct RunArgs {
+    /// A run's id or the beginning of it, its folder, or a recipe, of which the newest run is meant
+    pub(crate) run: String,
+    /// Folder of all runs
+    #[arg(long, default_value = "runs", value_name = "DIR")]
+    pub(crate) runs: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LogsArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// Only this worker's log
+    #[arg(long)]
+    pub(crate) rank: Option<u32>,
+    /// Follows the logs, over restarts, until the run ends
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StopArgs {
+    #[command(flatten)]
+    pub(crate) run: RunArgs,
+    /// How long to wait for the run's end
+    #[arg(long, default_value = "10m", value_name = "TIME", value_parser = humantime::parse_duration)]
+    pub(crate) timeout: std::time::Duration,
 }
 
 #[derive(Debug, Args)]

@@ -24,6 +24,9 @@ fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Launch(args) => commands::launch::run(&args),
         Command::Plan(args) => commands::plan::run(&args),
+        Command::Ps(args) => commands::ps::run(&args),
+        Command::Logs(args) => commands::logs::run(&args),
+        Command::Stop(args) => commands::stop::run(&args),
         Command::Worker(args) => commands::worker::run(args),
         Command::Checkpoint(args) => commands::checkpoint::run(&args),
         Command::Config(args) => commands::config::run(&args),

@@ -10,7 +10,7 @@
 //! stopped accuses nobody when it wakes up.
 
 use std::fmt;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 
@@ -81,6 +81,8 @@ pub struct Beat {
     pub in_phase: Duration,
     /// For how long it may; `None`: a wait that others bound.
     pub patience: Option<Duration>,
+    /// Time of day there, for people; nothing is decided by it.
+    pub sent: SystemTime,
     /// How long it may stay silent after this beat.
     pub silence: Duration,
     /// Whether it ends in order: no more beats will come.
@@ -91,13 +93,17 @@ impl Beat {
     /// One value a line; the host and the phase come last because they are text.
     fn to_text(&self) -> String {
         format!(
-            "{}\n{}\n{}\n{}\n{}\n{}\n{}\n{}\n{}",
+            "{}\n{}\n{}\n{}\n{}\n{}\n{}\n{}\n{}\n{}",
             self.number,
             self.pid,
             self.step,
             self.in_phase.as_millis(),
             self.patience
                 .map_or_else(|| "-".to_owned(), |limit| limit.as_millis().to_string()),
+            self.sent
+                .duration_since(SystemTime::UNIX_EPOCH)
+                .unwrap_or_default()
+                .as_millis(),
             self.silence.as_millis(),
             u8::from(self.last),
             self.phase,
@@ -117,6 +123,7 @@ impl Beat {
                 "-" => None,
                 text => Some(millis(text)?),
             },
+            sent: SystemTime::UNIX_EPOCH + millis(lines.next()?)?,
             silence: millis(lines.next()?)?,
             last: lines.next()? == "1",
             phase: lines.next()?.to_owned(),
@@ -338,6 +345,7 @@ mod tests {
             phase: "forward".into(),
             in_phase: SECOND * 3,
             patience: None,
+            sent: SystemTime::UNIX_EPOCH + SECOND * 1_700_000_000,
             silence: SECOND * 10,
             last: false,
         }

@@ -17,6 +17,14 @@ pub struct Config {
     pub workers: NonZeroU32,
     /// Restarts after failures; counted anew after every checkpoint.
     pub max_restarts: u32,
+    /// Pause before the first restart after a failure; doubled for each further one without a
+    /// checkpoint in between. Between half and all of it is waited, by chance, so that many runs
+    /// that failed together do not come back together.
+    #[serde(with = "humantime_serde")]
+    pub backoff: Duration,
+    /// The longest such pause.
+    #[serde(with = "humantime_serde")]
+    pub max_backoff: Duration,
     /// Time that workers get to save and end once they are asked to.
     #[serde(with = "humantime_serde")]
     pub grace: Duration,
@@ -58,6 +66,8 @@ impl Default for Config {
             engine: Engine::Local,
             workers: NonZeroU32::MIN,
             max_restarts: 3,
+            backoff: Duration::from_secs(1),
+            max_backoff: Duration::from_mins(1),
             grace: Duration::from_secs(30),
             die_with_launcher: true,
             store: None,
@@ -73,6 +83,9 @@ impl Config {
         let mut faults = Vec::new();
         if self.grace.is_zero() {
             faults.push("`launch.grace` is zero: give workers time to save, such as 30s".into());
+        }
+        if self.max_backoff < self.backoff {
+            faults.push("`launch.max_backoff` is below `launch.backoff`".into());
         }
         if let Some(store) = &self.store
             && split_address(store).is_none()
@@ -133,13 +146,14 @@ mod tests {
     #[test]
     fn all_keys_are_read() {
         let config = parse(
-            "engine = \"local\"\nworkers = 2\nmax_restarts = 0\ngrace = \"5s\"\n\
+            "engine = \"local\"\nworkers = 2\nmax_restarts = 0\nbackoff = \"2s\"\nmax_backoff = \"5m\"\ngrace = \"5s\"\n\
              die_with_launcher = false\nstore = \"n1:29500\"\nobject_server = \"seaweedfs\"\n\
              usd_per_gpu_hour = 2.5",
         )
         .unwrap();
         assert_eq!(config.workers.get(), 2);
         assert_eq!(config.grace, Duration::from_secs(5));
+        assert_eq!(config.max_backoff, Duration::from_mins(5));
         assert_eq!(config.object_server, ObjectServerKind::Seaweedfs);
         config.check().unwrap();
     }
@@ -162,8 +176,10 @@ mod tests {
 
     #[test]
     fn faults_come_all_at_once() {
-        let config = parse("grace = \"0s\"\nstore = \"n1\"\nusd_per_gpu_hour = -1.0").unwrap();
-        assert_eq!(config.validate().len(), 3);
+        let config =
+            parse("grace = \"0s\"\nbackoff = \"2m\"\nstore = \"n1\"\nusd_per_gpu_hour = -1.0")
+                .unwrap();
+        assert_eq!(config.validate().len(), 4);
         assert!(parse("worker = 2").is_err());
     }
 

@@ -52,6 +52,24 @@ pub enum Error {
         /// Its command line.
         command: String,
     },
+    /// There is no such run.
+    #[error("no run `{name}` in {}{}", root.display(), newest(known))]
+    NoRun {
+        /// What was asked for.
+        name: String,
+        /// Where.
+        root: PathBuf,
+        /// The newest runs there.
+        known: Vec<String>,
+    },
+    /// More than one run could be meant.
+    #[error("`{name}` could be any of the runs {}: write more of its id", fitting.join(", "))]
+    ManyRuns {
+        /// What was asked for.
+        name: String,
+        /// The ids that begin with it.
+        fitting: Vec<String>,
+    },
     /// The environment does not say which worker this is.
     #[error("{reason}")]
     Contract {
@@ -141,6 +159,8 @@ impl Error {
             Self::Config { .. }
             | Self::Engine { .. }
             | Self::Locked { .. }
+            | Self::NoRun { .. }
+            | Self::ManyRuns { .. }
             | Self::Contract { .. }
             | Self::Spawn { .. }
             | Self::NoServerBinary { .. }
@@ -176,6 +196,14 @@ impl Error {
 
 fn folder(path: &Path) -> String {
     path.parent().unwrap_or(path).display().to_string()
+}
+
+fn newest(known: &[String]) -> String {
+    if known.is_empty() {
+        ", which holds none".to_owned()
+    } else {
+        format!("; the newest are {}", known.join(", "))
+    }
 }
 
 fn last_lines(tail: &str) -> String {

@@ -40,6 +40,7 @@
 #![forbid(unsafe_code)]
 
 mod atomic_file;
+mod backoff;
 pub mod config;
 pub mod contract;
 mod credentials;
@@ -65,11 +66,11 @@ pub use contract::{WorkerEnv, WorkerFlags};
 pub use decision::{Decision, RankExit, StopSignal, Verdict, decide};
 pub use error::Error;
 pub use local::{Placement, WorkerCommand, WorkerGroup};
-pub use lock::RunLock;
+pub use lock::{Holder, RunLock};
 pub use log_tail::LogTail;
 pub use object_server::{ObjectServer, find_weed};
 pub use parent_death::{die_with, die_with_launcher};
 pub use plan::{Plan, PlanInput, StepTime};
 pub use process::{Exit, ProcessId};
-pub use run_dir::{RunDir, RunRecord, RunRequest};
+pub use run_dir::{Meeting, RunDir, RunRecord, RunRequest};
 pub use supervisor::{Job, Observer, Outcome, StopHandle, Supervisor};

@@ -3,11 +3,14 @@
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FlockOperation, flock};
 use rustix::io::Errno;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::error::Error;
+use crate::process::ProcessId;
 
 /// Held while a launcher works on a run; the kernel frees it when the launcher ends, however.
 #[derive(Debug)]
@@ -41,6 +44,55 @@ impl RunLock {
     /// Returns the lock's file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+/// The launcher that holds a run's lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    process: ProcessId,
+    /// Its command line.
+    pub command: String,
+}
+
+impl Holder {
+    /// Returns who holds the lock at `path`, without touching the lock: the process named in the
+    /// file, if it still has the file open.
+    pub(crate) fn of(path: &Path) -> Option<Self> {
+        let text = std::fs::read_to_string(path).ok()?;
+        let mut lines = text.lines();
+        let process = ProcessId::of(lines.next()?.parse().ok()?)?;
+        let path = std::fs::canonicalize(path).ok()?;
+        let files = std::fs::read_dir(format!("/proc/{}/fd", process.pid)).ok()?;
+        let holds = |entry: std::fs::DirEntry| {
+            std::fs::read_link(entry.path()).is_ok_and(|target| target == path)
+        };
+        files.flatten().any(holds).then(|| Self {
+            process,
+            command: lines.next().unwrap_or("unknown").to_owned(),
+        })
+    }
+
+    /// Returns its process id.
+    pub fn pid(&self) -> u32 {
+        self.process.pid
+    }
+
+    /// Asks it to save and end, as `kill PID` does.
+    pub fn terminate(&self) -> Result<(), Error> {
+        let Some(pid) = Pid::from_raw(self.process.pid as i32) else {
+            return Ok(());
+        };
+        match kill_process(pid, Signal::TERM) {
+            // It has ended meanwhile.
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(errno) => Err(Error::system("signal the launcher")(errno.into())),
+        }
+    }
+
+    /// Waits until it has ended; false means that it still lives after `limit`.
+    pub fn wait_gone(&self, limit: Duration) -> bool {
+        self.process.wait_gone(limit)
     }
 }
 
@@ -94,7 +146,14 @@ mod tests {
         let pid = std::process::id();
         assert!(text.contains("run r1"), "{text}");
         assert!(text.contains(&format!("kill {pid}")), "{text}");
+        let holder = Holder::of(&path).unwrap();
+        assert_eq!(holder.pid(), pid);
         drop(held);
+        assert_eq!(
+            Holder::of(&path),
+            None,
+            "the process lives, its lock is free"
+        );
         RunLock::take(&path, "r1").unwrap();
     }
 

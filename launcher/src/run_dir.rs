@@ -6,6 +6,7 @@
 //!   config.toml     the resolved recipe
 //!   events.jsonl    the truth of the run
 //!   lock            held by the launcher that works on it
+//!   meeting.json    where the latest generation's workers meet
 //!   logs/rank-0.g1.log
 //! ```
 
@@ -39,6 +40,17 @@ pub struct RunRecord {
     pub finished: bool,
     /// The step it finished at.
     pub final_step: Option<u64>,
+}
+
+/// Where the workers of the latest generation meet, for those who look at a run from outside.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meeting {
+    /// `host:port` of the store.
+    pub store: String,
+    /// The generation.
+    pub generation: u64,
+    /// Number of workers.
+    pub workers: u32,
 }
 
 /// Which run to look for.
@@ -192,6 +204,78 @@ impl RunDir {
     /// Writes the resolved recipe into the run's folder.
     pub fn write_config(&self, text: &str) -> Result<(), Error> {
         atomic_file::replace(&self.config(), text.as_bytes(), 0o644)
+    }
+
+    /// Writes down where the workers meet.
+    pub(crate) fn write_meeting(&self, meeting: &Meeting) -> Result<(), Error> {
+        let text = serde_json::to_vec(meeting).expect("strings and numbers have a JSON form");
+        atomic_file::replace(&self.path.join("meeting.json"), &text, 0o644)
+    }
+
+    /// Returns where the workers of the latest generation meet; none before the first start.
+    pub fn meeting(&self) -> Option<Meeting> {
+        let text = fs::read(self.path.join("meeting.json")).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// Returns the launcher that works on this run, if one does.
+    pub fn holder(&self) -> Option<lock::Holder> {
+        lock::Holder::of(&self.path.join("lock"))
+    }
+
+    /// Returns the runs of all recipes, oldest first.
+    pub fn list_all(root: &Path) -> Result<Vec<Self>, Error> {
+        let mut runs = Vec::new();
+        let entries = match fs::read_dir(root) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(runs),
+            Err(error) => return Err(Error::file("list", root)(error)),
+        };
+        for entry in entries {
+            let name = entry.map_err(Error::file("list", root))?.file_name();
+            let Some(recipe) = name.to_str().filter(|name| !name.starts_with('.')) else {
+                continue;
+            };
+            if root.join(recipe).is_dir() {
+                runs.extend(Self::list(root, recipe)?);
+            }
+        }
+        runs.sort_by(|a, b| a.record.id.cmp(&b.record.id));
+        Ok(runs)
+    }
+
+    /// Returns the run that `name` means: a folder, a run's id or the beginning of it, or a recipe,
+    /// of which the newest run is taken.
+    pub fn find(root: &Path, name: &str) -> Result<Self, Error> {
+        if Path::new(name).join("run.json").is_file() {
+            return Self::open(Path::new(name));
+        }
+        let runs = Self::list_all(root)?;
+        let mut fitting: Vec<&Self> = runs.iter().filter(|r| r.id().starts_with(name)).collect();
+        if let Some(exact) = fitting.iter().find(|run| run.id() == name) {
+            fitting = vec![exact];
+        }
+        if fitting.is_empty() {
+            fitting = runs.iter().filter(|r| r.record.recipe == name).collect();
+            fitting = fitting.pop().into_iter().collect();
+        }
+        match fitting[..] {
+            [run] => Ok(run.clone()),
+            [] => Err(Error::NoRun {
+                name: name.to_owned(),
+                root: root.to_path_buf(),
+                known: runs
+                    .iter()
+                    .rev()
+                    .take(5)
+                    .map(|r| r.id().to_owned())
+                    .collect(),
+            }),
+            _ => Err(Error::ManyRuns {
+                name: name.to_owned(),
+                fitting: fitting.iter().map(|run| run.id().to_owned()).collect(),
+            }),
+        }
     }
 
     /// Takes the run's lock and reads `run.json` again, as the last holder left it.

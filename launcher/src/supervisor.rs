@@ -8,6 +8,7 @@ use pollen_core::ExitCode;
 use pollen_observe::{Event, EventLog, Progress, Record, Tail};
 use rustix::process::Signal;
 
+use crate::backoff::{self, Backoff};
 use crate::config::{Config, split_address};
 use crate::decision::{Decision, RankExit, StopSignal, Verdict, decide, is_orderly};
 use crate::error::Error;
@@ -16,7 +17,7 @@ use crate::local::{Ended, Placement, WorkerCommand, WorkerGroup};
 use crate::lock::RunLock;
 use crate::log_tail::LogTail;
 use crate::process::Exit;
-use crate::run_dir::RunDir;
+use crate::run_dir::{Meeting, RunDir};
 use crate::signals::SignalGuard;
 
 /// How often the event file is looked at.
@@ -151,12 +152,18 @@ impl Supervisor {
             told_of_fault: false,
             hung: None,
         };
+        let backoff = Backoff::of(job.config);
         let mut stop = None;
         let mut restarts = 0;
         let mut restarts_since_checkpoint = 0;
         loop {
             let generation = job.run.next_generation(job.lock)?;
             let log = EventLog::open(&job.run.events(), job.run.id(), generation, None)?;
+            job.run.write_meeting(&Meeting {
+                store: format!("{master_addr}:{master_port}"),
+                generation,
+                workers: job.config.workers.get(),
+            })?;
             let placement = Placement {
                 world_size: job.config.workers.get(),
                 master_addr: master_addr.clone(),
@@ -201,14 +208,38 @@ impl Supervisor {
             if verdict.decision == Decision::Restart {
                 restarts += 1;
                 restarts_since_checkpoint += 1;
+                let pause = backoff.pause(restarts_since_checkpoint, backoff::chance());
                 log.append(Event::Restart {
                     reason: verdict.reason,
                     exit_codes: by_rank(&exits),
+                    pause_s: pause.as_secs_f64(),
                 })?;
                 watch.poll();
-                continue;
+                stop = self.wait(Instant::now() + pause);
+                if stop.is_none() {
+                    continue;
+                }
+                verdict = decide(&exits, stop, left);
             }
             return finish(&mut job, &log, verdict, restarts, &mut watch);
+        }
+    }
+}
+
+impl Supervisor {
+    /// Waits out a pause; a stop ends it.
+    fn wait(&self, until: Instant) -> Option<StopSignal> {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            match self.receiver.recv_timeout(left) {
+                Ok(Message::Stop(signal)) => return Some(signal),
+                // A thread of a former generation.
+                Ok(Message::Ended(_)) => {}
+                Err(RecvTimeoutError::Timeout) => return None,
+                Err(RecvTimeoutError::Disconnected) => {
+                    unreachable!("the supervisor holds a sender")
+                }
+            }
         }
     }
 }

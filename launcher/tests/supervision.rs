@@ -53,6 +53,7 @@ impl Bench {
             config: Config {
                 workers: NonZeroU32::new(workers).unwrap(),
                 grace: LIMIT,
+                backoff: Duration::from_millis(1),
                 ..Config::default()
             },
         }
@@ -114,6 +115,8 @@ enum Reaction {
     Nothing,
     Stop(StopSignal),
     StopTwice(StopSignal),
+    /// Stops in the pause before a restart.
+    StopAtRestart(StopSignal),
 }
 
 struct Watcher {
@@ -127,6 +130,11 @@ struct Watcher {
 impl Observer for Watcher {
     fn records(&mut self, records: &[Record]) {
         for record in records {
+            if let (Event::Restart { .. }, Reaction::StopAtRestart(signal)) =
+                (&record.event, self.reaction)
+            {
+                self.stop.stop(signal);
+            }
             if matches!(record.event, Event::Budget { .. }) {
                 self.ready += 1;
                 match self.reaction {
@@ -201,13 +209,20 @@ fn a_crash_ends_the_others_and_starts_the_next_generation() {
     let (outcome, watcher) = bench.run(script, Reaction::Nothing);
     assert_eq!(outcome.exit, ExitCode::Done);
     assert_eq!(outcome.restarts, 1);
+    let Event::Restart {
+        reason,
+        exit_codes,
+        pause_s,
+    } = &bench.events()[0]
+    else {
+        panic!("{:?}", bench.events())
+    };
     assert_eq!(
-        bench.events()[0],
-        Event::Restart {
-            reason: "rank 1 was killed by SIGKILL; starting again, 3 restarts left".into(),
-            exit_codes: vec![143, 137],
-        }
+        reason,
+        "rank 1 was killed by SIGKILL; starting again, 3 restarts left"
     );
+    assert_eq!(exit_codes, &[143, 137]);
+    assert!((0.0005..=0.001).contains(pause_s), "{pause_s}");
     assert_eq!(bench.run.record().generation, 2);
     assert!(
         watcher.said.iter().any(|text| text.contains("rank 1")),
@@ -215,6 +230,21 @@ fn a_crash_ends_the_others_and_starts_the_next_generation() {
         watcher.said
     );
     assert!(bench.dir().join("logs/rank-0.g2.log").is_file());
+}
+
+#[test]
+fn a_stop_ends_the_pause_before_a_restart() {
+    let mut bench = Bench::new(1);
+    bench.config.backoff = LIMIT * 100;
+    bench.config.max_backoff = LIMIT * 100;
+    let stop = Reaction::StopAtRestart(StopSignal::Interrupt);
+    let (outcome, _) = bench.run("kill -9 $$", stop);
+    assert_eq!(outcome.exit, ExitCode::Interrupted);
+    assert!(
+        outcome.reason.contains("the last checkpoint stands"),
+        "{outcome:?}"
+    );
+    assert_eq!(bench.run.record().generation, 1);
 }
 
 #[test]

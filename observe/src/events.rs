@@ -102,6 +102,9 @@ pub enum Event {
         reason: String,
         /// Exit code by rank; 128 + signal number for a killed worker.
         exit_codes: Vec<i32>,
+        /// Seconds waited before that.
+        #[serde(default)]
+        pause_s: f64,
     },
     /// What the run has cost so far.
     Budget {
@@ -412,6 +415,7 @@ mod tests {
             Event::Restart {
                 reason: "rank 1 was killed by signal 9".into(),
                 exit_codes: vec![143, 137],
+                pause_s: 1.5,
             },
             Event::Budget {
                 gpu_hours: 0.5,

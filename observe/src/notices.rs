@@ -67,7 +67,9 @@ pub(crate) fn notice(record: &Record) -> Option<String> {
             "hang: {who} has been in {phase} of step {step} for {}",
             units::seconds(*since_s)
         ),
-        Event::Restart { reason, .. } => format!("restart: {reason}"),
+        Event::Restart {
+            reason, pause_s, ..
+        } => format!("restart: {reason}, in {}", units::seconds(*pause_s)),
         Event::Eval { step, spaces } => {
             let errors: Vec<String> = spaces
                 .iter()

@@ -111,13 +111,14 @@ fn a_restart_is_told_and_its_first_step_shown_at_once() {
             Event::Restart {
                 reason: "rank 1 was killed by signal 9".into(),
                 exit_codes: vec![143, 137],
+                pause_s: 1.0,
             },
         ),
         at(3, start(40, "cpu")),
         at(4, step(41)),
     ]);
     let lines = page.lines();
-    assert_eq!(lines[2], "restart: rank 1 was killed by signal 9");
+    assert_eq!(lines[2], "restart: rank 1 was killed by signal 9, in 1.0s");
     assert!(lines[4].starts_with("step 41/1,000"), "{lines:?}");
 }
 

@@ -93,6 +93,7 @@ fn the_launcher_has_the_last_word_and_a_restart_takes_it_back() {
         Event::Restart {
             reason: "rank 1".into(),
             exit_codes: vec![143, 137],
+            pause_s: 1.0,
         },
     ));
     assert_eq!(view.end, None);

@@ -54,6 +54,8 @@ const TINY: &[&str] = &[
     // Tests hold workers for as long as they need; the test of hangs sets its own limits.
     "watchdog.min_timeout=10m",
     "watchdog.max_timeout=10m",
+    "launch.backoff=10ms",
+    "launch.max_backoff=10ms",
     "model.token_dropout=0.1",
     "model.vision.stochastic_depth=0.1",
     "model.language.dropout=0.1",
@@ -169,6 +171,12 @@ impl Launch {
         self
     }
 
+    /// Adds an argument.
+    pub fn arg(mut self, arg: &str) -> Self {
+        self.command.arg(arg);
+        self
+    }
+
     /// Sets an environment variable.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.command.env(name, value);
@@ -193,6 +201,29 @@ impl Launch {
     /// Runs the command to its end.
     pub fn run(self) -> Finished {
         self.spawn().wait()
+    }
+}
+
+/// What another command printed.
+#[derive(Debug)]
+pub struct Printed {
+    pub code: Option<i32>,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs `pollen` with these arguments.
+pub fn pollen(args: &[&str]) -> Printed {
+    let output = Command::new(env!("CARGO_BIN_EXE_pollen"))
+        .current_dir(root())
+        .args(args)
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    Printed {
+        code: output.status.code(),
+        stdout: String::from_utf8(output.stdout).unwrap(),
+        stderr: String::from_utf8(output.stderr).unwrap(),
     }
 }
 

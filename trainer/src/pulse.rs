@@ -99,6 +99,7 @@ impl Pulse {
             phase: state.phase.name().to_owned(),
             in_phase: self.clock.monotonic().saturating_sub(state.entered),
             patience: self.patience(&state),
+            sent: self.clock.wall(),
             silence: self.silence(&state),
             last,
         }

@@ -114,8 +114,8 @@ impl Recovery {
         for (name, hash) in &self.identity.dataset_hashes {
             if head.dataset_hashes.get(name) != Some(hash) && !accept_new_data {
                 return mismatch(format!(
-                    "dataset `{name}` changed since; restore it, or give workers --accept-new-data to go \
-                     on with another sample order"
+                    "dataset `{name}` changed since; restore it, or give `pollen launch` \
+                     --accept-new-data to go on with another sample order"
                 ));
             }
         }

@@ -54,9 +54,7 @@ pub(crate) fn run(args: &LaunchArgs) -> Result<ExitCode> {
         .unwrap_or_default();
     prepare_store(&recipe, &variables)?;
     let plan = announce(&recipe, &run, &view, server.as_ref())?;
-    let outcome = supervise(
-        &recipe, &mut run, &lock, &args.runs, &variables, &history, &plan,
-    )?;
+    let outcome = supervise(&recipe, &mut run, &lock, args, &variables, &history, &plan)?;
     if let Some(server) = server {
         server.stop()?;
     }
@@ -210,7 +208,7 @@ fn supervise(
     recipe: &Recipe,
     run: &mut RunDir,
     lock: &RunLock,
-    runs: &Path,
+    args: &LaunchArgs,
     variables: &[(String, String)],
     history: &[pollen_observe::Record],
     plan: &Plan,
@@ -220,7 +218,7 @@ fn supervise(
     let log = EventLog::open(&run.events(), run.id(), run.record().generation + 1, None)?;
     log.append(plan.event())?;
     let outcome = {
-        let command = worker_command(recipe, run, runs, variables)?;
+        let command = worker_command(recipe, run, args, variables)?;
         let job = Job {
             run,
             lock,
@@ -252,12 +250,12 @@ impl pollen_launcher::Observer for Quiet {
 fn worker_command(
     recipe: &Recipe,
     run: &RunDir,
-    runs: &Path,
+    args: &LaunchArgs,
     variables: &[(String, String)],
 ) -> Result<WorkerCommand> {
     let program = std::env::current_exe().context("cannot find the pollen program itself")?;
-    let url = run_url(recipe, runs, run.id())?;
-    let args = [
+    let url = run_url(recipe, &args.runs, run.id())?;
+    let mut words = vec![
         "worker".into(),
         "--config".into(),
         run.config().into_os_string(),
@@ -266,6 +264,9 @@ fn worker_command(
         "--run-url".into(),
         url.into(),
     ];
+    if args.accept_new_data {
+        words.push("--accept-new-data".into());
+    }
     let mut env = variables.to_vec();
     if std::env::var_os("RAYON_NUM_THREADS").is_none() {
         // The workers share this machine's cores; more threads than cores only get in each
@@ -281,7 +282,7 @@ fn worker_command(
     };
     Ok(WorkerCommand {
         program,
-        args: args.into(),
+        args: words,
         env,
         env_remove,
     })
