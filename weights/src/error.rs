@@ -11,6 +11,17 @@ pub enum Error {
     /// Object storage failed.
     #[error(transparent)]
     Storage(#[from] pollen_storage::Error),
+    /// The Hugging Face Hub does not give what was asked for.
+    #[error(
+        "{url} cannot be fetched: {source}; check the name, the network and HF_ENDPOINT, and HF_TOKEN \
+         for a repository that asks for one"
+    )]
+    Hub {
+        /// As given.
+        url: String,
+        /// The client's reason.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// A file is not what it should be.
     #[error("{file}: {reason}")]
     Corrupt {
@@ -49,7 +60,10 @@ impl Error {
         match self {
             Self::Storage(error) => error.class(),
             Self::Corrupt { .. } => ErrorClass::Corrupt,
-            Self::NoWeights { .. } | Self::Unfit { .. } | Self::Exists { .. } => ErrorClass::User,
+            Self::Hub { .. }
+            | Self::NoWeights { .. }
+            | Self::Unfit { .. }
+            | Self::Exists { .. } => ErrorClass::User,
         }
     }
 }

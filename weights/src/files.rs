@@ -13,11 +13,12 @@ use serde::Deserialize;
 
 use crate::error::{Error, Result};
 use crate::header;
+use crate::hub;
 
 /// Index of a sharded model, as Hugging Face's readers expect it.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 /// A model in one file.
-const SINGLE: &str = "model.safetensors";
+pub(crate) const SINGLE: &str = "model.safetensors";
 /// The longest index that is read.
 const LONGEST_INDEX: u64 = 100_000_000;
 /// Bytes of one read.
@@ -57,8 +58,21 @@ struct Index {
 
 impl WeightFiles {
     /// Opens a `.safetensors` file, or a folder with one (`model.safetensors`) or with shards and
-    /// their index. Reads and checks all headers.
+    /// their index, at any URL that storage knows or on the Hugging Face Hub (`hf://owner/name`).
+    /// Reads and checks all headers.
     pub async fn open(
+        url: &str,
+        config: &StorageConfig,
+        observer: Arc<dyn Observer>,
+    ) -> Result<Self> {
+        if url.starts_with(hub::SCHEME) {
+            let local = hub::fetch(url).await?.display().to_string();
+            return Self::open_stored(&local, config, observer).await;
+        }
+        Self::open_stored(url, config, observer).await
+    }
+
+    async fn open_stored(
         url: &str,
         config: &StorageConfig,
         observer: Arc<dyn Observer>,

@@ -1,7 +1,7 @@
 //! Published weights in and out: safetensors by ranges, upstream names, strict reports.
 //!
 //! ```text
-//! url --WeightFiles (headers only)--> keys --names--> parameters --fit--> Fit (report, faults)
+//! url, hf:// --WeightFiles (headers only)--> keys --names--> parameters --fit--> Fit (report, faults)
 //! Fit --import, one tensor at a time--> shards + index under canonical names
 //! shards + index, or a checkpoint --Initial--> a run's first weights
 //!                                       +-----export--> shards + index under others' names
@@ -15,6 +15,7 @@
 //! | `files` | safetensors files behind a URL, read by ranges |
 //! | `fit`, `fitting` | which tensor becomes which parameter, and why not |
 //! | `header` | the head of a safetensors file, every number checked |
+//! | `hub` | files of the Hugging Face Hub |
 //! | `import` | writes a fitted source |
 //! | `initial` | the weights a run starts from |
 //! | `names` | what a key of a published file means |
@@ -31,6 +32,7 @@ mod files;
 mod fit;
 mod fitting;
 mod header;
+mod hub;
 mod import;
 mod initial;
 mod names;
