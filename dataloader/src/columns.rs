@@ -1,7 +1,7 @@
-//! The low-dimensional columns of one data file: actions, states, episodes, frames and tasks.
+//! The low-dimensional columns of row groups: actions, states, episodes, frames and tasks.
 //!
-//! They are a few thousandths of the bytes and are read once per file, because an action chunk may
-//! reach into the next row group.
+//! They are a few thousandths of the bytes. With the images of a row group they come in the same
+//! request; alone, for indexes and statistics, they are read by small ones.
 
 use std::ops::Range;
 
@@ -11,6 +11,7 @@ use arrow_array::{Array, RecordBatch};
 use futures::{StreamExt, TryStreamExt};
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder};
+use parquet::file::metadata::ParquetMetaData;
 use pollen_core::no_panic;
 use pollen_storage::Storage;
 
@@ -47,9 +48,9 @@ impl Rows {
     }
 }
 
-/// The low-dimensional columns of one data file, row by row.
+/// The low-dimensional columns of consecutive rows of a file.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct FileColumns {
+pub(crate) struct Columns {
     pub(crate) action: Rows,
     pub(crate) state: Rows,
     pub(crate) episode: Vec<u64>,
@@ -57,15 +58,77 @@ pub(crate) struct FileColumns {
     pub(crate) task: Vec<u64>,
 }
 
-/// Reads the columns of a file with ranged requests.
-pub(crate) async fn read_columns(
-    storage: &Storage,
+impl Columns {
+    /// Appends the rows of a batch that has the named columns.
+    pub(crate) fn append(
+        &mut self,
+        batch: &RecordBatch,
+        columns: &ColumnNames,
+        name: &FileName,
+    ) -> Result<()> {
+        self.episode.extend(integers(batch, "episode_index", name)?);
+        self.frame.extend(integers(batch, "frame_index", name)?);
+        self.task.extend(integers(batch, "task_index", name)?);
+        append(&mut self.action, batch, &columns.action, name)?;
+        if !columns.state.is_empty() {
+            append(&mut self.state, batch, &columns.state, name)?;
+        }
+        Ok(())
+    }
+
+    /// Joins consecutive rows; nothing when they are not of the same widths.
+    pub(crate) fn and(mut self, mut next: Self) -> Option<Self> {
+        if self.episode.is_empty() {
+            return Some(next);
+        }
+        for (rows, next) in [
+            (&mut self.action, &mut next.action),
+            (&mut self.state, &mut next.state),
+        ] {
+            if !next.values.is_empty() && next.width != rows.width {
+                return None;
+            }
+            rows.values.reserve_exact(next.values.len());
+            rows.values.append(&mut next.values);
+        }
+        for (numbers, next) in [
+            (&mut self.episode, &mut next.episode),
+            (&mut self.frame, &mut next.frame),
+            (&mut self.task, &mut next.task),
+        ] {
+            numbers.reserve_exact(next.len());
+            numbers.append(next);
+        }
+        Some(self)
+    }
+
+    /// Drops the first rows.
+    pub(crate) fn skip(&mut self, rows: usize) {
+        if rows == 0 {
+            return;
+        }
+        for column in [&mut self.action, &mut self.state] {
+            column.values = column.values.split_off(rows * column.width);
+        }
+        for numbers in [&mut self.episode, &mut self.frame, &mut self.task] {
+            *numbers = numbers.split_off(rows);
+        }
+    }
+
+    /// Returns what it takes in memory.
+    pub(crate) fn bytes(&self) -> u64 {
+        let floats = self.action.values.capacity() + self.state.values.capacity();
+        let numbers = self.episode.capacity() + self.frame.capacity() + self.task.capacity();
+        (4 * floats + 8 * numbers) as u64
+    }
+}
+
+/// Returns the leaves of a file that hold the columns.
+pub(crate) fn column_leaves(
     name: &FileName,
-    footer: &ArrowReaderMetadata,
-    file_bytes: u64,
+    metadata: &ParquetMetaData,
     columns: &ColumnNames,
-) -> Result<FileColumns> {
-    let metadata = footer.metadata();
+) -> Result<Vec<usize>> {
     let mut roots = vec![
         "episode_index",
         "frame_index",
@@ -83,7 +146,25 @@ pub(crate) async fn read_columns(
         }
         leaves.extend(found);
     }
-    let chunks = metadata.row_groups().iter().flat_map(|group| {
+    Ok(leaves)
+}
+
+/// Reads the columns of consecutive row groups of a file with ranged requests.
+pub(crate) async fn read_columns(
+    storage: &Storage,
+    name: &FileName,
+    footer: &ArrowReaderMetadata,
+    file_bytes: u64,
+    columns: &ColumnNames,
+    row_groups: Range<usize>,
+) -> Result<Columns> {
+    let metadata = footer.metadata();
+    let leaves = column_leaves(name, metadata, columns)?;
+    let groups = metadata
+        .row_groups()
+        .get(row_groups.clone())
+        .ok_or_else(|| name.bad("its footer has fewer row groups than the index"))?;
+    let chunks = groups.iter().flat_map(|group| {
         leaves.iter().map(|&leaf| {
             let (start, len) = group.column(leaf).byte_range();
             start..start + len
@@ -103,7 +184,7 @@ pub(crate) async fn read_columns(
         .try_collect()
         .await?;
     let ranges = Ranges::new(file_bytes, fetched);
-    let decode = || decode_columns(name, footer, ranges, leaves, columns);
+    let decode = || decode_columns(name, footer, ranges, (leaves, row_groups), columns);
     no_panic(decode, |said| name.bad(said))
 }
 
@@ -111,25 +192,20 @@ fn decode_columns(
     name: &FileName,
     footer: &ArrowReaderMetadata,
     ranges: Ranges,
-    leaves: Vec<usize>,
+    (leaves, row_groups): (Vec<usize>, Range<usize>),
     columns: &ColumnNames,
-) -> Result<FileColumns> {
+) -> Result<Columns> {
     let schema = footer.metadata().file_metadata().schema_descr();
     let reader = ParquetRecordBatchReaderBuilder::new_with_metadata(ranges, footer.clone())
         .with_projection(ProjectionMask::leaves(schema, leaves))
+        .with_row_groups(row_groups.collect())
         .with_batch_size(BATCH_ROWS)
         .build()
         .map_err(|e| name.bad(e.to_string()))?;
-    let mut all = FileColumns::default();
+    let mut all = Columns::default();
     for batch in reader {
         let batch = batch.map_err(|e| name.bad(e.to_string()))?;
-        all.episode.extend(integers(&batch, "episode_index", name)?);
-        all.frame.extend(integers(&batch, "frame_index", name)?);
-        all.task.extend(integers(&batch, "task_index", name)?);
-        append(&mut all.action, &batch, &columns.action, name)?;
-        if !columns.state.is_empty() {
-            append(&mut all.state, &batch, &columns.state, name)?;
-        }
+        all.append(&batch, columns, name)?;
     }
     Ok(all)
 }
@@ -230,6 +306,31 @@ mod tests {
         let far = 10 * COALESCE..10 * COALESCE + 5;
         let joined = coalesce(vec![far.clone(), next.clone(), near.clone(), 7..7]);
         assert_eq!(joined, [near.start..next.end, far]);
+    }
+
+    #[test]
+    fn consecutive_rows_are_joined_and_skipped() {
+        let columns = |width: usize, episodes: &[u64]| Columns {
+            action: Rows {
+                width,
+                values: (0..width * episodes.len()).map(|v| v as f32).collect(),
+            },
+            episode: episodes.to_vec(),
+            frame: episodes.to_vec(),
+            task: episodes.to_vec(),
+            ..Columns::default()
+        };
+        let none = Columns::default;
+        let joined = none()
+            .and(columns(2, &[3, 4]))
+            .and_then(|c| c.and(columns(2, &[5])));
+        let mut joined = joined.and_then(|c| c.and(none())).expect("widths agree");
+        assert_eq!(joined.action.values, [0.0, 1.0, 2.0, 3.0, 0.0, 1.0]);
+        assert_eq!(joined.bytes(), 4 * 6 + 8 * 9);
+        joined.skip(1);
+        assert_eq!(joined.action.values, [2.0, 3.0, 0.0, 1.0]);
+        assert_eq!((joined.episode, joined.task), (vec![4, 5], vec![4, 5]));
+        assert!(columns(2, &[1]).and(columns(3, &[1])).is_none());
     }
 
     #[test]

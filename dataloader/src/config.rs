@@ -33,8 +33,9 @@ pub struct DataConfig {
     /// Bytes of a dataset's row groups whose frames are mixed at a time. Part of the sample order.
     #[serde(default = "defaults::window_bytes")]
     pub window_bytes: ByteSize,
-    /// Bytes of row groups kept open. Two windows of each dataset, divided by the number of ranks,
-    /// should fit.
+    /// Bytes of row groups, with their columns, and of files' footers in memory, whatever the number
+    /// of datasets; only what a single micro-batch needs may go beyond. Two windows of each dataset,
+    /// divided by the number of ranks, should fit.
     #[serde(default = "defaults::cache_bytes")]
     pub cache_bytes: ByteSize,
     /// Keeps row groups on this node's disk as well; off unless given.

@@ -7,15 +7,15 @@ use pollen_processing::{Image, ImageContract, ObservationContract, ResizeKind, R
 use pollen_storage::Storage;
 
 use crate::batch::{BadSample, BatchDims, HostBatch, ModelShape};
-use crate::columns::FileColumns;
+use crate::byte_cache::{ByteCache, HeldBytes, Owner, Pinned};
 use crate::config::{ChunkLength, DataConfig};
-use crate::dataset::Dataset;
+use crate::dataset::{Dataset, Footers, Shared};
 use crate::decode::decode_jpeg;
 use crate::disk_cache::DiskCache;
 use crate::error::{Error, Result};
 use crate::mixture::{Mixture, MixtureSource};
 use crate::prepare::{Prepare, Texts};
-use crate::row_group::{Key, OpenRowGroup, RowGroupCache};
+use crate::row_group::OpenRowGroup;
 use crate::sampler::{RowGroupFrames, SampleRef};
 
 /// Opens the storage at a URL; the caller chooses limits and credentials.
@@ -31,8 +31,17 @@ pub struct Data {
     prepare: Vec<Prepare>,
     texts: Texts,
     resizer: Resizer,
-    cache: RowGroupCache,
+    row_groups: Arc<RowGroups>,
+    footers: Arc<Footers>,
 }
+
+/// (dataset, row group).
+pub(crate) type Key = (u32, u32);
+
+type RowGroups = ByteCache<Key, OpenRowGroup>;
+
+/// Footers may take one part of so many of `data.cache_bytes`, row groups the rest.
+const PARTS: u64 = 8;
 
 impl Data {
     /// Opens the datasets that the recipe gives a weight, indexing those without a sidecar.
@@ -60,25 +69,28 @@ impl Data {
         };
         let root = opened(&config.root)?;
         let disk_cache = config.disk_cache.as_ref().and_then(DiskCache::open);
-        let disk_cache = disk_cache.map(Arc::new);
+        let cache_bytes = config.cache_bytes.as_u64();
+        let shared = Shared {
+            disk_cache: disk_cache.map(Arc::new),
+            footers: Arc::new(ByteCache::new(cache_bytes / PARTS)),
+            reading: Owner::default(),
+        };
         let mut datasets = Vec::new();
-        for (name, section) in config.used() {
+        for (number, (name, section)) in config.used().enumerate() {
             let storage = match (section.url.contains("://"), section.url.is_empty()) {
                 (true, _) => opened(&section.url)?,
                 (false, true) => root.join(name),
                 (false, false) => root.join(&section.url),
             };
             let dataset = Dataset::open(
-                name,
-                section,
+                (number as u32, name, section),
                 storage,
+                shared.clone(),
                 spaces,
                 &config.cameras,
                 &config.index_dir,
             );
-            let mut dataset = dataset.await?;
-            dataset.keep_on_disk(disk_cache.clone());
-            datasets.push(dataset);
+            datasets.push(dataset.await?);
         }
         let mut prepare = Vec::new();
         let mut faults = Vec::new();
@@ -101,7 +113,8 @@ impl Data {
         }
         Ok(Self {
             resizer: Resizer::new(config.resize, config.image_size),
-            cache: RowGroupCache::new(config.cache_bytes.as_u64()),
+            row_groups: Arc::new(ByteCache::new(cache_bytes - cache_bytes / PARTS)),
+            footers: shared.footers,
             config: config.clone(),
             shape,
             datasets,
@@ -186,7 +199,7 @@ impl Data {
     }
 
     /// Returns how many steps of a sample's action chunk count in the loss.
-    fn counted_steps(&self, sample: SampleRef) -> usize {
+    pub(crate) fn counted_steps(&self, sample: SampleRef) -> usize {
         let dataset = &self.datasets[sample.dataset as usize];
         let mut steps = self.shape.action_horizon;
         let own = dataset.config().chunk_length;
@@ -199,20 +212,37 @@ impl Data {
         steps
     }
 
-    /// Returns the bytes of row groups held open.
-    pub fn cached_bytes(&self) -> u64 {
-        self.cache.bytes()
+    /// Returns the bytes of row groups and of footers in memory, under the cap of
+    /// `data.cache_bytes`.
+    pub fn held_bytes(&self) -> (HeldBytes, HeldBytes) {
+        (self.row_groups.held(), self.footers.held())
     }
 
-    pub(crate) async fn row_group(&self, key: Key) -> Result<Arc<OpenRowGroup>> {
+    /// Returns how each dataset's rows become model values.
+    pub(crate) fn prepare(&self) -> &[Prepare] {
+        &self.prepare
+    }
+
+    /// Keeps row groups in memory until the pin is dropped; waits while there is no room for them.
+    pub(crate) async fn pin(&self, keys: &[Key], owner: &Owner) -> Pinned<Key, OpenRowGroup> {
+        let bytes = |&(dataset, group): &Key| {
+            let bytes = self.datasets[dataset as usize].row_group_bytes(group);
+            ((dataset, group), bytes)
+        };
+        let keys: Vec<(Key, u64)> = keys.iter().map(bytes).collect();
+        self.row_groups.pin(&keys, owner).await
+    }
+
+    /// Returns a row group that is pinned, fetched if it is not in memory.
+    pub(crate) async fn row_group(
+        &self,
+        key: Key,
+        pinned: &Pinned<Key, OpenRowGroup>,
+    ) -> Result<Arc<OpenRowGroup>> {
         let dataset = &self.datasets[key.0 as usize];
-        self.cache
+        pinned
             .get(key, || Box::pin(dataset.open_row_group(key.1)))
             .await
-    }
-
-    pub(crate) async fn columns(&self, key: Key) -> Result<Arc<FileColumns>> {
-        self.datasets[key.0 as usize].columns(key.1).await
     }
 
     pub(crate) fn empty_batch(&self, samples: &[(u64, SampleRef)]) -> HostBatch {
@@ -234,8 +264,9 @@ impl Data {
         batch: &mut HostBatch,
         slot: usize,
         sample: SampleRef,
-        columns: &FileColumns,
+        group: &OpenRowGroup,
     ) -> Result<()> {
+        let columns = group.columns();
         let dataset = &self.datasets[sample.dataset as usize];
         let prepare = &self.prepare[sample.dataset as usize];
         let BatchDims {
@@ -245,7 +276,7 @@ impl Data {
             proprio_width,
             ..
         } = batch.dims;
-        let row = dataset.row_in_file(sample);
+        let row = dataset.row_in_group(sample);
         if columns.episode.get(row) != Some(&sample.episode) {
             return Err(dataset.bad_frame(sample, "the index names another episode here"));
         }
@@ -344,62 +375,13 @@ impl Data {
             })
             .collect()
     }
-
-    /// Returns the mean normalised action chunk of each action space over the training frames,
-    /// weighted by the datasets' shares: what a policy that sees nothing should predict. `None` for
-    /// a space without data. Reads low-dimensional columns only.
-    ///
-    /// # Shapes
-    /// `[H, A]`, zero beyond the space.
-    pub async fn mean_chunks(&self, mixture: &Mixture) -> Result<Vec<Option<Vec<f32>>>> {
-        let ModelShape {
-            action_horizon,
-            action_width,
-            ..
-        } = self.shape;
-        let spaces = self.datasets.iter().map(|d| d.space_index() as usize + 1);
-        let num_spaces = spaces.max().unwrap_or(0);
-        // Per space and entry: (weighted sum, weight).
-        let mut sums = vec![vec![(0.0_f64, 0.0_f64); action_horizon * action_width]; num_spaces];
-        for (d, share) in mixture.shares().into_iter().enumerate() {
-            let (dataset, prepare) = (&self.datasets[d], &self.prepare[d]);
-            let weight = share / mixture.order(d).num_frames() as f64;
-            let sums = &mut sums[dataset.space_index() as usize];
-            let width = dataset.action_space().dim();
-            for sample in frames_of(d as u32, &dataset.frames(false)) {
-                let columns = dataset.columns(sample.row_group).await?;
-                let rows_left = dataset.rows_left(sample.frame) as usize;
-                let row = dataset.row_in_file(sample);
-                let chunk = prepare.chunk(&columns.action, row, rows_left, action_horizon);
-                // A frame that cannot be used is reported when it is loaded.
-                let Ok(chunk) = chunk else { continue };
-                let counted = self.counted_steps(sample);
-                for (step, action) in chunk.chunks_exact(width).take(counted).enumerate() {
-                    let entries = &mut sums[step * action_width..][..width];
-                    for (entry, &value) in entries.iter_mut().zip(action) {
-                        entry.0 += weight * f64::from(value);
-                        entry.1 += weight;
-                    }
-                }
-            }
-        }
-        let mean = |(sum, weight): (f64, f64)| {
-            if weight > 0.0 {
-                (sum / weight) as f32
-            } else {
-                0.0
-            }
-        };
-        let chunks = sums.into_iter().map(|sums| {
-            let any = sums.iter().any(|&(_, weight)| weight > 0.0);
-            any.then(|| sums.into_iter().map(mean).collect())
-        });
-        Ok(chunks.collect())
-    }
 }
 
 /// Lists the frames of row groups in order.
-fn frames_of(dataset: u32, groups: &[RowGroupFrames]) -> impl Iterator<Item = SampleRef> {
+pub(crate) fn frames_of(
+    dataset: u32,
+    groups: &[RowGroupFrames],
+) -> impl Iterator<Item = SampleRef> {
     groups.iter().enumerate().flat_map(move |(g, group)| {
         group.runs.iter().flat_map(move |run| {
             (run.first_row..run.first_row + run.rows).map(move |frame| SampleRef {

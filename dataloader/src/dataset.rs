@@ -1,4 +1,6 @@
-//! One opened dataset: its tables, and access to its columns and row groups.
+//! One opened dataset: its tables. How its files are read: `reading`.
+
+mod reading;
 
 use std::ops::Range;
 use std::path::Path;
@@ -7,17 +9,15 @@ use std::sync::Arc;
 use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use pollen_core::ActionSpace;
 use pollen_storage::Storage;
-use tokio::sync::OnceCell;
 
-use crate::columns::{ColumnNames, FileColumns, read_columns};
+use crate::byte_cache::{ByteCache, Owner};
 use crate::config::DatasetConfig;
-use crate::disk_cache::{DiskCache, DiskKey};
+use crate::disk_cache::DiskCache;
 use crate::error::{Error, Result};
 use crate::features::feature_faults;
 use crate::index::load_sidecar;
 use crate::lerobot::{Metadata, read_metadata};
-use crate::parquet_file::{FileName, read_footer};
-use crate::row_group::OpenRowGroup;
+use crate::parquet_file::FileName;
 use crate::sampler::{RowGroupFrames, Run, SampleRef};
 use crate::sidecar::Sidecar;
 use crate::transform::ColumnTransform;
@@ -28,12 +28,14 @@ pub struct Dataset {
     name: String,
     config: DatasetConfig,
     storage: Storage,
-    disk_cache: Option<Arc<DiskCache>>,
+    /// Number in the mixture.
+    number: u32,
+    shared: Shared,
     metadata: Metadata,
     sidecar: Sidecar,
     space_index: u32,
     space: ActionSpace,
-    files: Vec<File>,
+    files: Vec<FileName>,
     groups: Vec<Group>,
     /// In the order of rows.
     episodes: Vec<EpisodeRows>,
@@ -43,13 +45,17 @@ pub struct Dataset {
     cameras: Vec<Option<usize>>,
 }
 
-#[derive(Debug)]
-struct File {
-    name: FileName,
-    first_row: u64,
-    footer: OnceCell<ArrowReaderMetadata>,
-    columns: OnceCell<Arc<FileColumns>>,
+/// What all datasets of a run share.
+#[derive(Clone, Debug)]
+pub(crate) struct Shared {
+    pub(crate) disk_cache: Option<Arc<DiskCache>>,
+    pub(crate) footers: Arc<Footers>,
+    /// Owns the footers that are being read.
+    pub(crate) reading: Owner,
 }
+
+/// Footers of files by (dataset, file).
+pub(crate) type Footers = ByteCache<(u32, usize), ArrowReaderMetadata>;
 
 #[derive(Clone, Copy, Debug)]
 struct Group {
@@ -68,14 +74,14 @@ pub(crate) struct EpisodeRows {
 }
 
 impl Dataset {
-    /// Opens a dataset, making its index if there is none.
+    /// Opens dataset `number` of the mixture, making its index if there is none.
     ///
     /// `spaces` are the model's action spaces and `cameras` its camera roles, both in the model's
     /// order.
-    pub async fn open(
-        name: &str,
-        config: &DatasetConfig,
+    pub(crate) async fn open(
+        (number, name, config): (u32, &str, &DatasetConfig),
         storage: Storage,
+        shared: Shared,
         spaces: &[ActionSpace],
         cameras: &[String],
         index_dir: &Path,
@@ -104,7 +110,8 @@ impl Dataset {
             name: name.into(),
             config: config.clone(),
             storage,
-            disk_cache: None,
+            number,
+            shared,
             metadata,
             space_index: space_index as u32,
             space: spaces[space_index].clone(),
@@ -135,22 +142,12 @@ impl Dataset {
         Ok(dataset)
     }
 
-    /// Keeps row groups in a cache on disk from now on.
-    pub(crate) fn keep_on_disk(&mut self, cache: Option<Arc<DiskCache>>) {
-        self.disk_cache = cache;
-    }
-
     fn lay_out(&mut self) {
         let mut row = 0;
         for (f, file) in self.sidecar.files.iter().enumerate() {
-            self.files.push(File {
-                name: FileName {
-                    dataset: self.name.clone(),
-                    path: file.path.clone(),
-                },
-                first_row: row,
-                footer: OnceCell::new(),
-                columns: OnceCell::new(),
+            self.files.push(FileName {
+                dataset: self.name.clone(),
+                path: file.path.clone(),
             });
             for (number, group) in file.row_groups.iter().enumerate() {
                 self.groups.push(Group {
@@ -313,117 +310,6 @@ impl Dataset {
         (sample.frame - self.groups[sample.row_group as usize].first_row) as usize
     }
 
-    /// Returns the row inside its file.
-    pub(crate) fn row_in_file(&self, sample: SampleRef) -> usize {
-        let file = self.groups[sample.row_group as usize].file;
-        (sample.frame - self.files[file].first_row) as usize
-    }
-
-    /// Returns the low-dimensional columns of the file that holds a row group; read once.
-    pub(crate) async fn columns(&self, row_group: u32) -> Result<Arc<FileColumns>> {
-        let index = self.groups[row_group as usize].file;
-        let file = &self.files[index];
-        let columns = file
-            .columns
-            .get_or_try_init(|| async {
-                let bytes = self.sidecar.files[index].bytes;
-                let names = ColumnNames::of(&self.sidecar.transform);
-                let footer = self.footer(index).await?;
-                let columns =
-                    read_columns(&self.storage, &file.name, footer, bytes, &names).await?;
-                let columns = self.sidecar.transform.apply(&file.name, columns)?;
-                self.check_columns(index, &columns)?;
-                Ok::<_, Error>(Arc::new(columns))
-            })
-            .await?;
-        Ok(Arc::clone(columns))
-    }
-
-    fn check_columns(&self, index: usize, columns: &FileColumns) -> Result<()> {
-        let file = &self.files[index];
-        let groups = &self.sidecar.files[index].row_groups;
-        let rows: u64 = groups.iter().map(|group| group.rows).sum();
-        if columns.action.len() as u64 != rows || columns.episode.len() as u64 != rows {
-            return Err(file.name.bad(format!(
-                "has {} rows of actions, the index says {rows}",
-                columns.action.len()
-            )));
-        }
-        if columns.action.width != self.space.dim() {
-            return Err(file.name.bad(format!(
-                "its actions have {} dimensions, the action space `{}` has {}",
-                columns.action.width,
-                self.space.name,
-                self.space.dim()
-            )));
-        }
-        let dim = self.space.proprio_dim;
-        if dim > 0 && (columns.state.width != dim || columns.state.len() as u64 != rows) {
-            return Err(file.name.bad(format!(
-                "its states have {} dimensions in {} rows, the action space `{}` has {dim} and the \
-                 index {rows}",
-                columns.state.width,
-                columns.state.len(),
-                self.space.name
-            )));
-        }
-        let tasks = self.metadata.tasks.len() as u64;
-        if let Some(task) = columns.task.iter().find(|&&task| task >= tasks) {
-            return Err(file
-                .name
-                .bad(format!("names task {task}, meta/tasks.parquet has {tasks}")));
-        }
-        Ok(())
-    }
-
-    async fn footer(&self, index: usize) -> Result<&ArrowReaderMetadata> {
-        let file = &self.files[index];
-        let bytes = self.sidecar.files[index].bytes;
-        file.footer
-            .get_or_try_init(|| read_footer(&self.storage, &file.name, bytes))
-            .await
-    }
-
-    /// Fetches a row group by one request, unless it is on this node's disk, and opens it.
-    pub(crate) async fn open_row_group(&self, row_group: u32) -> Result<OpenRowGroup> {
-        let group = self.groups[row_group as usize];
-        let name = self.files[group.file].name.clone();
-        let footer = self.footer(group.file).await?.clone();
-        let file_bytes = self.sidecar.files[group.file].bytes;
-        let expected = self.sidecar.files[group.file].row_groups[group.number].clone();
-        let on_disk = self.disk_cache.as_ref().map(|cache| {
-            let key = DiskKey::new(&self.sidecar.files[group.file], &expected);
-            (Arc::clone(cache), key)
-        });
-        let found = match on_disk.clone() {
-            Some((cache, key)) => blocking(move || cache.get(&key)).await?,
-            None => None,
-        };
-        // What was found there is not written there.
-        let to_disk = on_disk.filter(|_| found.is_none());
-        let bytes = if let Some(bytes) = found {
-            bytes
-        } else {
-            let range = expected.offset..expected.offset + expected.bytes;
-            let fetched = self.storage.get_range(&name.path, range).await;
-            fetched.map_err(|e| name.failed(e))?
-        };
-        let features = self.features.clone();
-        // The checksum and the views of some MiB take a millisecond or two.
-        blocking(move || {
-            let number = group.number;
-            let kept = bytes.clone();
-            let open = OpenRowGroup::read(
-                &name, &footer, file_bytes, number, &expected, bytes, &features,
-            )?;
-            if let Some((cache, key)) = to_disk {
-                cache.put(&key, &kept);
-            }
-            Ok(open)
-        })
-        .await?
-    }
-
     /// Names a frame in an error.
     pub(crate) fn bad_frame(&self, sample: SampleRef, reason: impl Into<String>) -> Error {
         Error::Frame {
@@ -433,12 +319,4 @@ impl Dataset {
             reason: reason.into(),
         }
     }
-}
-
-/// Runs work on a thread that may block.
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T> {
-    let joined = tokio::task::spawn_blocking(work).await;
-    joined.map_err(|_| Error::Ended {
-        part: "row-group reader",
-    })
 }

@@ -4,7 +4,7 @@ use pollen_core::ActionSpace;
 use pollen_core::action_space::Normalize;
 use serde::{Deserialize, Serialize};
 
-use crate::columns::FileColumns;
+use crate::columns::Columns;
 use crate::config::{DatasetConfig, Motion};
 
 /// Which frames of a dataset are left out.
@@ -59,7 +59,7 @@ impl FrameFilter {
     /// row is `first_row` of the dataset.
     pub(crate) fn left_out(
         &self,
-        columns: &FileColumns,
+        columns: &Columns,
         tasks: &[String],
         first_row: u64,
     ) -> Vec<RowRun> {
@@ -90,7 +90,7 @@ impl FrameFilter {
 }
 
 impl Idle {
-    fn is(&self, columns: &FileColumns, row: usize) -> bool {
+    fn is(&self, columns: &Columns, row: usize) -> bool {
         let now = columns.action.row(row);
         let before = (row > 0 && columns.episode[row - 1] == columns.episode[row])
             .then(|| columns.action.row(row - 1));
@@ -112,15 +112,15 @@ mod tests {
     use super::*;
     use crate::columns::Rows;
 
-    fn columns(actions: &[[f32; 2]], episodes: &[u64]) -> FileColumns {
-        FileColumns {
+    fn columns(actions: &[[f32; 2]], episodes: &[u64]) -> Columns {
+        Columns {
             action: Rows {
                 width: 2,
                 values: actions.concat(),
             },
             episode: episodes.to_vec(),
             task: episodes.to_vec(),
-            ..FileColumns::default()
+            ..Columns::default()
         }
     }
 

@@ -9,7 +9,7 @@ use parquet::arrow::arrow_reader::ArrowReaderMetadata;
 use pollen_storage::{ObjectInfo, Storage};
 use sha2::{Digest, Sha256};
 
-use crate::columns::{ColumnNames, FileColumns, read_columns};
+use crate::columns::{ColumnNames, Columns, read_columns};
 use crate::error::{Error, Result};
 use crate::lerobot::{Episode, Metadata, read_episodes, read_metadata};
 use crate::parquet_file::{FileName, read_footer, row_group_range};
@@ -45,12 +45,13 @@ pub async fn index_dataset(
         };
         let footer = read_footer(storage, &name, object.size).await?;
         let names = ColumnNames::of(transform);
-        let values = read_columns(storage, &name, &footer, object.size, &names).await?;
+        let all = 0..footer.metadata().num_row_groups();
+        let values = read_columns(storage, &name, &footer, object.size, &names, all).await?;
         files.push(checksum(storage, &name, &footer, object.size, &values.episode).await?);
-        columns.push(FileColumns {
+        columns.push(Columns {
             episode: values.episode.clone(),
             frame: values.frame.clone(),
-            ..FileColumns::default()
+            ..Columns::default()
         });
         pass.push(&name, values)?;
     }
@@ -341,7 +342,7 @@ fn check_episodes(
     dataset: &str,
     episodes: &[Episode],
     files: &[DataFile],
-    columns: &[FileColumns],
+    columns: &[Columns],
 ) -> Result<()> {
     let mut row = 0;
     let mut next = 0;

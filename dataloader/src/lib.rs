@@ -13,6 +13,7 @@
 //! | module | job |
 //! |---|---|
 //! | [`batch`] | tensors in host memory |
+//! | `byte_cache` | row groups and footers in memory, under a cap |
 //! | [`config`] | the `[data]` section of a recipe |
 //! | [`data`] | the opened datasets of a run |
 //! | [`dataset`] | one opened dataset |
@@ -24,6 +25,7 @@
 //! | [`index`] | checksums, episode spans and statistics of a dataset |
 //! | [`lerobot`] | LeRobotDataset v3.0 metadata |
 //! | [`loader`] | one rank's micro-batches; held-out episodes |
+//! | `mean_chunk` | the prediction of a policy that sees nothing |
 //! | [`mixture`] | which dataset a sample comes from; the slice of a rank |
 //! | [`sampler`] | the order inside a dataset |
 //! | [`sidecar`] | `meta/pollen.json` |
@@ -49,6 +51,7 @@
 #![forbid(unsafe_code)]
 
 pub mod batch;
+mod byte_cache;
 mod columns;
 pub mod config;
 pub mod data;
@@ -61,6 +64,7 @@ pub mod filter;
 pub mod index;
 pub mod lerobot;
 pub mod loader;
+mod mean_chunk;
 pub mod mixture;
 mod parquet_file;
 mod pipeline;
@@ -74,6 +78,7 @@ pub mod summary;
 pub mod transform;
 
 pub use batch::{BadSample, BatchDims, HostBatch, ModelShape};
+pub use byte_cache::HeldBytes;
 pub use config::{
     Augment, ChunkLength, DataConfig, DatasetConfig, DiskCacheConfig, Filters, Instruction, Motion,
     WeightMeaning,

@@ -1,7 +1,7 @@
 //! Plans -> fetched row groups -> decoded micro-batches, all bounded and in order.
 //!
 //! ```text
-//! plans --fetch task (tokio, `prefetch` at a time)--> row groups and columns
+//! plans --pin: room for their row groups--fetch task (tokio, `prefetch` at a time)--> row groups
 //!       --assemble thread: actions, text--> jobs --decode threads: images--> batch --> next()
 //! ```
 
@@ -17,11 +17,11 @@ use pollen_core::{ErrorClass, Seed};
 use tokio::runtime::Handle;
 
 use crate::batch::HostBatch;
-use crate::columns::FileColumns;
-use crate::data::Data;
+use crate::byte_cache::{Owner, Pinned};
+use crate::data::{Data, Key};
 use crate::decode::{DecodePool, default_threads};
 use crate::error::{Error, Result};
-use crate::row_group::{Key, OpenRowGroup};
+use crate::row_group::OpenRowGroup;
 use crate::sampler::SampleRef;
 
 /// The samples of one micro-batch, each with its number in the run.
@@ -66,10 +66,11 @@ impl Drop for Fetching {
 struct Fetched {
     plan: Plan,
     opened: HashMap<Key, Opened>,
+    pinned: Pinned<Key, OpenRowGroup>,
 }
 
-/// A row group with its file's columns, or why their samples cannot be used.
-type Opened = std::result::Result<(Arc<OpenRowGroup>, Arc<FileColumns>), String>;
+/// A row group, or why its samples cannot be used.
+type Opened = std::result::Result<Arc<OpenRowGroup>, String>;
 
 impl Pipeline {
     /// Starts on `runtime`; with `augment`, images are augmented by (seed, sample, camera).
@@ -86,10 +87,22 @@ impl Pipeline {
         };
         let (to_assemble, mut fetched) = tokio::sync::mpsc::channel::<Result<Fetched>>(1);
         let (to_caller, batches) = sync_channel::<Pending>(prefetch);
-        let for_fetch = Arc::clone(&data);
+        let (for_pins, for_fetch) = (Arc::clone(&data), Arc::clone(&data));
         let fetch = runtime.spawn(async move {
-            let fetches = futures::stream::iter(plans)
-                .map(|plan| Fetching::start(fetch(Arc::clone(&for_fetch), plan)).finish())
+            let owner = Owner::default();
+            // One after the other: a micro-batch never waits for room that a later one has.
+            let pinned = futures::stream::iter(plans).then(move |plan| {
+                let (data, owner) = (Arc::clone(&for_pins), Arc::clone(&owner));
+                async move {
+                    let keys = row_groups_of(&plan);
+                    let pinned = data.pin(&keys, &owner).await;
+                    (plan, keys, pinned)
+                }
+            });
+            let fetches = pinned
+                .map(move |(plan, keys, pinned)| {
+                    Fetching::start(fetch(Arc::clone(&for_fetch), plan, keys, pinned)).finish()
+                })
                 .buffered(prefetch);
             let mut fetches = std::pin::pin!(fetches);
             while let Some(next) = fetches.next().await {
@@ -153,15 +166,24 @@ fn failed(error: Error) -> Pending {
     pending
 }
 
-/// Opens what a micro-batch needs, each row group and file once.
-async fn fetch(data: Arc<Data>, plan: Plan) -> Result<Fetched> {
+fn row_groups_of(plan: &Plan) -> Vec<Key> {
     let mut keys: Vec<Key> = plan.iter().map(|(_, s)| (s.dataset, s.row_group)).collect();
     keys.sort_unstable();
     keys.dedup();
+    keys
+}
+
+/// Opens what a micro-batch needs, each row group once.
+async fn fetch(
+    data: Arc<Data>,
+    plan: Plan,
+    keys: Vec<Key>,
+    pinned: Pinned<Key, OpenRowGroup>,
+) -> Result<Fetched> {
     let opened = try_join_all(keys.into_iter().map(|key| {
-        let data = &data;
+        let (data, pinned) = (&data, &pinned);
         async move {
-            match futures::try_join!(data.row_group(key), data.columns(key)) {
+            match data.row_group(key, pinned).await {
                 Ok(opened) => Ok((key, Ok(opened))),
                 Err(error) if error.class() == ErrorClass::Corrupt => {
                     Ok((key, Err(error.to_string())))
@@ -174,6 +196,7 @@ async fn fetch(data: Arc<Data>, plan: Plan) -> Result<Fetched> {
     Ok(Fetched {
         plan,
         opened: opened.into_iter().collect(),
+        pinned,
     })
 }
 
@@ -184,6 +207,8 @@ struct Assembly {
     failure: Mutex<Option<(usize, Error)>>,
     left: AtomicUsize,
     reply: SyncSender<Result<HostBatch>>,
+    /// Dropped when the last image is decoded.
+    _pinned: Pinned<Key, OpenRowGroup>,
 }
 
 impl Assembly {
@@ -216,13 +241,17 @@ fn assemble(
     augment: Option<Seed>,
     pool: &DecodePool,
 ) -> Pending {
-    let Fetched { plan, opened } = fetched;
+    let Fetched {
+        plan,
+        opened,
+        pinned,
+    } = fetched;
     let mut batch = data.empty_batch(&plan);
     let mut to_decode = Vec::new();
     for (slot, (index, sample)) in plan.into_iter().enumerate() {
         let usable = match &opened[&(sample.dataset, sample.row_group)] {
-            Ok((group, columns)) => data
-                .fill_low_dim(&mut batch, slot, sample, columns)
+            Ok(group) => data
+                .fill_low_dim(&mut batch, slot, sample, group)
                 .map(|()| Arc::clone(group)),
             Err(reason) => {
                 Err(data.datasets()[sample.dataset as usize].bad_frame(sample, reason.as_str()))
@@ -247,12 +276,16 @@ fn assemble(
         failure: Mutex::new(None),
         left: AtomicUsize::new(to_decode.len()),
         reply,
+        _pinned: pinned,
     });
+    // The jobs hold what they need.
+    drop(opened);
     for (slot, index, sample, group) in to_decode {
         let seed = augment.map(|seed| seed.index(index));
         let (data, assembly) = (Arc::clone(data), Arc::clone(&assembly));
         pool.run(Box::new(move || {
             let decoded = data.decode_images(sample, &group, seed);
+            drop(group);
             let mut batch = lock(&assembly.batch);
             let outcome = match decoded {
                 Ok(images) => {

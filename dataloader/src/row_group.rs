@@ -1,42 +1,58 @@
 //! Open row groups: fetched by one request each, checked, and read without copying image bytes.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-
 use arrow_array::cast::AsArray;
 use arrow_array::{Array, BinaryViewArray};
 use bytes::Bytes;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::{ArrowReaderMetadata, ParquetRecordBatchReaderBuilder};
 use parquet::basic::Compression;
+use parquet::file::metadata::ParquetMetaData;
 use pollen_core::no_panic;
-use tokio::sync::OnceCell;
 
+use crate::byte_cache::Held;
+use crate::columns::{ColumnNames, Columns, column_leaves};
 use crate::error::Result;
 use crate::parquet_file::{FileName, Ranges, leaves_of};
 use crate::sidecar::RowGroup;
 
-/// The images of a row group, as views of the fetched bytes.
+/// Which row group of which file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place<'a> {
+    pub(crate) file: &'a FileName,
+    pub(crate) footer: &'a ArrowReaderMetadata,
+    pub(crate) file_bytes: u64,
+    /// Number in its file.
+    pub(crate) number: usize,
+    /// Its entry in the index.
+    pub(crate) expected: &'a RowGroup,
+}
+
+/// The images of a row group, as views of the fetched bytes, and its low-dimensional columns.
 #[derive(Debug)]
 pub(crate) struct OpenRowGroup {
     /// Per camera asked for.
     images: Vec<BinaryViewArray>,
-    /// What it keeps in memory.
-    bytes: u64,
+    /// From its first row to the end of its last episode.
+    columns: Columns,
+    image_bytes: u64,
 }
 
 impl OpenRowGroup {
-    /// Checks and reads the fetched `bytes` of row group `number` of a file.
+    /// Checks and reads the fetched `bytes` of a row group.
     pub(crate) fn read(
-        name: &FileName,
-        footer: &ArrowReaderMetadata,
-        file_bytes: u64,
-        number: usize,
-        expected: &RowGroup,
+        place: Place,
         bytes: Bytes,
         features: &[String],
+        names: &ColumnNames,
     ) -> Result<Self> {
-        let bad = |reason: String| name.bad(format!("row group {number}: {reason}"));
+        let Place {
+            file,
+            footer,
+            file_bytes,
+            number,
+            expected,
+        } = place;
+        let bad = |reason: String| file.bad(format!("row group {number}: {reason}"));
         let found = crc32c::crc32c(&bytes);
         if found != expected.crc32c {
             return Err(bad(format!(
@@ -48,23 +64,28 @@ impl OpenRowGroup {
         if number >= metadata.num_row_groups() {
             return Err(bad("is not in the file's footer".into()));
         }
-        let mut leaves = Vec::new();
-        let mut held = bytes.len() as u64;
+        let mut leaves = column_leaves(file, metadata, names)?;
+        // Pages that are stored as they are stay views of the fetched bytes; of others only the
+        // unpacked pages are kept.
+        let (mut fetched, mut unpacked) = (0, 0);
         for feature in features {
             let found = image_leaf(metadata, feature)
                 .ok_or_else(|| bad(format!("the file has no image column `{feature}`")))?;
             let column = metadata.row_group(number).column(found);
-            if column.compression() != Compression::UNCOMPRESSED {
-                held += column.uncompressed_size().max(0) as u64;
+            if column.compression() == Compression::UNCOMPRESSED {
+                fetched = bytes.len() as u64;
+            } else {
+                unpacked += column.uncompressed_size().max(0) as u64;
             }
             leaves.push(found);
         }
         let ranges = Ranges::new(file_bytes, vec![(expected.offset, bytes)]);
-        let decode = || decode_images(footer, ranges, number, expected.rows, leaves, features);
-        let images = no_panic(decode, |said| said).map_err(bad)?;
+        let decode = || decode(place, ranges, leaves, features, names);
+        let (images, columns) = no_panic(decode, bad)?;
         Ok(Self {
             images,
-            bytes: held,
+            columns,
+            image_bytes: fetched + unpacked,
         })
     }
 
@@ -73,35 +94,65 @@ impl OpenRowGroup {
         let images = &self.images[camera];
         (row < images.len() && images.is_valid(row)).then(|| images.value(row))
     }
+
+    /// Returns the low-dimensional columns of its rows.
+    pub(crate) fn columns(&self) -> &Columns {
+        &self.columns
+    }
+
+    /// Puts in what becomes of its columns.
+    pub(crate) fn with_columns(
+        self,
+        make: impl FnOnce(Columns) -> Result<Columns>,
+    ) -> Result<Self> {
+        Ok(Self {
+            columns: make(self.columns)?,
+            ..self
+        })
+    }
 }
 
-/// Reads the image columns of a row group of `rows` rows.
-fn decode_images(
-    footer: &ArrowReaderMetadata,
+impl Held for OpenRowGroup {
+    fn held_bytes(&self) -> u64 {
+        self.image_bytes + self.columns.bytes()
+    }
+}
+
+/// Reads images and columns of a row group whose bytes are in memory.
+fn decode(
+    place: Place,
     ranges: Ranges,
-    number: usize,
-    rows: u64,
     leaves: Vec<usize>,
     features: &[String],
-) -> Result<Vec<BinaryViewArray>, String> {
+    names: &ColumnNames,
+) -> Result<(Vec<BinaryViewArray>, Columns)> {
+    let Place {
+        file,
+        footer,
+        number,
+        expected,
+        ..
+    } = place;
+    let bad = |reason: String| file.bad(format!("row group {number}: {reason}"));
     let schema = footer.metadata().file_metadata().schema_descr();
     let mut reader = ParquetRecordBatchReaderBuilder::new_with_metadata(ranges, footer.clone())
         .with_projection(ProjectionMask::leaves(schema, leaves))
         .with_row_groups(vec![number])
-        .with_batch_size(rows as usize)
+        .with_batch_size(expected.rows as usize)
         .build()
-        .map_err(|e| e.to_string())?;
+        .map_err(|e| bad(e.to_string()))?;
     let batch = reader
         .next()
-        .ok_or("has no rows")?
-        .map_err(|e| e.to_string())?;
-    if batch.num_rows() as u64 != rows {
-        return Err(format!(
-            "has {} rows, the index says {rows}",
-            batch.num_rows()
-        ));
+        .ok_or_else(|| bad("has no rows".into()))?
+        .map_err(|e| bad(e.to_string()))?;
+    if batch.num_rows() as u64 != expected.rows {
+        return Err(bad(format!(
+            "has {} rows, the index says {}",
+            batch.num_rows(),
+            expected.rows
+        )));
     }
-    features
+    let images = features
         .iter()
         .map(|feature| {
             let column = batch.column_by_name(feature)?;
@@ -112,11 +163,14 @@ fn decode_images(
             bytes.as_binary_view_opt().cloned()
         })
         .collect::<Option<Vec<_>>>()
-        .ok_or_else(|| "an image column does not hold bytes".into())
+        .ok_or_else(|| bad("an image column does not hold bytes".into()))?;
+    let mut columns = Columns::default();
+    columns.append(&batch, names, file)?;
+    Ok((images, columns))
 }
 
 /// Returns the leaf that holds a feature's encoded images: `<feature>.bytes`, or the column itself.
-fn image_leaf(metadata: &parquet::file::metadata::ParquetMetaData, feature: &str) -> Option<usize> {
+fn image_leaf(metadata: &ParquetMetaData, feature: &str) -> Option<usize> {
     let leaves = leaves_of(metadata, feature);
     let schema = metadata.file_metadata().schema_descr();
     match leaves[..] {
@@ -127,109 +181,12 @@ fn image_leaf(metadata: &parquet::file::metadata::ParquetMetaData, feature: &str
     }
 }
 
-/// (dataset, row group).
-pub(crate) type Key = (u32, u32);
-
-/// Open row groups, the least recently used forgotten above a number of bytes.
-///
-/// A row group in use stays in memory after it was forgotten here; how many those are is bounded by
-/// the micro-batches made ahead.
-#[derive(Debug)]
-pub(crate) struct RowGroupCache {
-    capacity: u64,
-    slots: Mutex<Slots>,
-}
-
-#[derive(Debug, Default)]
-struct Slots {
-    open: HashMap<Key, Slot>,
-    bytes: u64,
-    clock: u64,
-}
-
-#[derive(Debug, Default)]
-struct Slot {
-    cell: Arc<OnceCell<Arc<OpenRowGroup>>>,
-    /// Counted above; 0 until open.
-    bytes: u64,
-    used: u64,
-}
-
-impl RowGroupCache {
-    pub(crate) fn new(capacity: u64) -> Self {
-        Self {
-            capacity,
-            slots: Mutex::default(),
-        }
-    }
-
-    /// Returns a row group; `open` runs once, however many ask at the same time.
-    pub(crate) async fn get<F>(
-        &self,
-        key: Key,
-        open: impl FnOnce() -> F,
-    ) -> Result<Arc<OpenRowGroup>>
-    where
-        F: Future<Output = Result<OpenRowGroup>>,
-    {
-        let cell = {
-            let mut slots = self.lock();
-            slots.clock += 1;
-            let used = slots.clock;
-            let slot = slots.open.entry(key).or_default();
-            slot.used = used;
-            Arc::clone(&slot.cell)
-        };
-        let group = cell
-            .get_or_try_init(|| async { open().await.map(Arc::new) })
-            .await?;
-        self.account(key, group.bytes);
-        Ok(Arc::clone(group))
-    }
-
-    /// Returns the bytes held.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.lock().bytes
-    }
-
-    fn account(&self, key: Key, bytes: u64) {
-        let mut slots = self.lock();
-        let Some(slot) = slots.open.get_mut(&key).filter(|slot| slot.bytes == 0) else {
-            return;
-        };
-        slot.bytes = bytes.max(1);
-        slots.bytes += bytes.max(1);
-        while slots.bytes > self.capacity {
-            let others = slots.open.iter();
-            let others = others.filter(|(k, slot)| slot.bytes > 0 && **k != key);
-            let Some(oldest) = others.min_by_key(|(_, slot)| slot.used).map(|(k, _)| *k) else {
-                break;
-            };
-            if let Some(slot) = slots.open.remove(&oldest) {
-                slots.bytes -= slot.bytes;
-            }
-        }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Slots> {
-        // Nothing here panics between two writes that belong together.
-        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::parquet_file::{read_footer, row_group_range};
     use pollen_storage::{Silent, Storage, StorageConfig};
-    use std::sync::atomic::{AtomicUsize, Ordering};
-
-    fn group(bytes: u64) -> OpenRowGroup {
-        OpenRowGroup {
-            images: Vec::new(),
-            bytes,
-        }
-    }
+    use std::sync::Arc;
 
     #[tokio::test]
     async fn images_are_views_of_the_fetched_bytes() {
@@ -256,8 +213,19 @@ mod tests {
         };
         let features = ["observation.images.wrist", "observation.images.primary"];
         let features = features.map(str::to_owned);
+        let names = ColumnNames {
+            action: "action".into(),
+            state: "observation.state".into(),
+        };
         let open = |expected: &RowGroup, features: &[String]| {
-            OpenRowGroup::read(&name, &footer, size, 3, expected, bytes.clone(), features)
+            let place = Place {
+                file: &name,
+                footer: &footer,
+                file_bytes: size,
+                number: 3,
+                expected,
+            };
+            OpenRowGroup::read(place, bytes.clone(), features, &names)
         };
         let group = open(&expected, &features).expect("whole");
         let fetched = bytes.as_ptr_range();
@@ -273,7 +241,8 @@ mod tests {
             }
             assert!(group.image(camera, expected.rows as usize).is_none());
         }
-        assert_eq!(group.bytes, expected.bytes);
+        assert_eq!(group.columns().episode.len() as u64, expected.rows);
+        assert_eq!(group.held_bytes(), expected.bytes + group.columns().bytes());
         let mut flipped = expected.clone();
         flipped.crc32c ^= 1;
         let error = open(&flipped, &features).expect_err("wrong").to_string();
@@ -282,56 +251,5 @@ mod tests {
             .expect_err("none")
             .to_string();
         assert!(error.contains("no image column `left`"), "{error}");
-    }
-
-    #[tokio::test]
-    async fn keeps_what_fits_and_forgets_the_oldest() {
-        let cache = RowGroupCache::new(100);
-        let opened = AtomicUsize::new(0);
-        let opened_ref = &opened;
-        let get = |key: u32, bytes: u64| {
-            cache.get((0, key), move || async move {
-                opened_ref.fetch_add(1, Ordering::Relaxed);
-                Ok(group(bytes))
-            })
-        };
-        for key in [1, 2, 1] {
-            get(key, 40).await.expect("opens");
-        }
-        assert_eq!((opened.load(Ordering::Relaxed), cache.bytes()), (2, 80));
-        get(3, 40).await.expect("opens");
-        assert_eq!(cache.bytes(), 80, "2 was the oldest");
-        get(1, 40).await.expect("kept");
-        assert_eq!(opened.load(Ordering::Relaxed), 3);
-        get(2, 40).await.expect("opens again");
-        assert_eq!(opened.load(Ordering::Relaxed), 4);
-        get(9, 500).await.expect("larger than all");
-        assert_eq!(cache.bytes(), 500);
-    }
-
-    #[tokio::test]
-    async fn one_opening_serves_all_who_wait() {
-        let cache = RowGroupCache::new(100);
-        let opened = AtomicUsize::new(0);
-        let get = || {
-            cache.get((0, 1), || async {
-                opened.fetch_add(1, Ordering::Relaxed);
-                tokio::task::yield_now().await;
-                Ok(group(10))
-            })
-        };
-        let (a, b) = tokio::join!(get(), get());
-        assert!(Arc::ptr_eq(&a.expect("opens"), &b.expect("opens")));
-        assert_eq!((opened.load(Ordering::Relaxed), cache.bytes()), (1, 10));
-    }
-
-    #[tokio::test]
-    async fn a_failure_is_not_kept() {
-        let cache = RowGroupCache::new(100);
-        let failed = cache
-            .get((0, 1), || async { Err(crate::Error::config("once")) })
-            .await;
-        assert!(failed.is_err());
-        assert!(cache.get((0, 1), || async { Ok(group(1)) }).await.is_ok());
     }
 }

@@ -4,7 +4,7 @@ use pollen_processing::{ActionStats, StatsBuilder};
 use pollen_storage::Storage;
 use serde::{Deserialize, Serialize};
 
-use crate::columns::{ColumnNames, FileColumns, Rows, read_columns};
+use crate::columns::{ColumnNames, Columns, Rows, read_columns};
 use crate::error::{Error, Result};
 use crate::filter::RowRun;
 use crate::parquet_file::{FileName, read_footer};
@@ -99,7 +99,8 @@ pub(crate) async fn take_statistics(
             path,
         };
         let footer = read_footer(storage, &name, bytes).await?;
-        let columns = read_columns(storage, &name, &footer, bytes, &names).await?;
+        let all = 0..footer.metadata().num_row_groups();
+        let columns = read_columns(storage, &name, &footer, bytes, &names, all).await?;
         pass.push(&name, columns)?;
     }
     pass.finish(dataset_hash)
@@ -141,7 +142,7 @@ impl<'a> StatisticsPass<'a> {
     }
 
     /// Adds the stored columns of the next file.
-    pub(crate) fn push(&mut self, name: &FileName, columns: FileColumns) -> Result<()> {
+    pub(crate) fn push(&mut self, name: &FileName, columns: Columns) -> Result<()> {
         let columns = self.transform.apply(name, columns)?;
         for (column, rows, of) in [
             (&self.transform.action, &columns.action, &self.action),

@@ -6,7 +6,7 @@ use pollen_processing::{Stored, Transform};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::columns::{ColumnNames, FileColumns, Rows};
+use crate::columns::{ColumnNames, Columns, Rows};
 use crate::config::DatasetConfig;
 use crate::error::Result;
 use crate::filter::FrameFilter;
@@ -83,7 +83,7 @@ impl ColumnTransform {
     ///
     /// An episode that cannot be transformed gets NaN in place of actions, so that its samples are
     /// reported where they are used.
-    pub(crate) fn apply(&self, name: &FileName, columns: FileColumns) -> Result<FileColumns> {
+    pub(crate) fn apply(&self, name: &FileName, columns: Columns) -> Result<Columns> {
         if self.steps.is_identity() || columns.episode.is_empty() {
             return Ok(columns);
         }
@@ -124,7 +124,7 @@ impl ColumnTransform {
             start += run.len();
         }
         let [action, state] = made;
-        Ok(FileColumns {
+        Ok(Columns {
             action,
             state,
             ..columns
@@ -160,12 +160,12 @@ mod tests {
         }
     }
 
-    fn columns() -> FileColumns {
+    fn columns() -> Columns {
         let rows = |values: &[f32]| Rows {
             width: 1,
             values: values.to_vec(),
         };
-        FileColumns {
+        Columns {
             action: rows(&[9.0; 5]),
             state: rows(&[0.0, 1.0, 3.0, 10.0, 20.0]),
             episode: vec![0, 0, 0, 1, 1],

@@ -41,6 +41,10 @@ impl Trainer {
     /// With `train.ema` it is the averaged weights that are measured. Entries count as they do in the training loss.
     pub fn evaluate(&mut self) -> Result<BTreeMap<String, SpaceError>, Error> {
         self.timer.enter(Phase::Eval);
+        if self.mean_chunks.is_empty() {
+            let chunks = self.data.mean_chunks(&self.mixture);
+            self.mean_chunks = self.runtime.block_on(chunks)?;
+        }
         let spaces = self.config.action_spaces.len();
         let eval = self.config.eval.clone();
         let (rank, world) = (self.communicator.rank(), self.communicator.world_size());

@@ -351,7 +351,7 @@ impl Worker {
             bad_samples: state.bad_samples,
             config,
             layout,
-            mean_chunks: self.runtime.block_on(data.mean_chunks(&mixture))?,
+            mean_chunks: Vec::new(),
             runtime: self.runtime.handle().clone(),
             data,
             mixture,

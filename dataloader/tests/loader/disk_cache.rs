@@ -15,6 +15,8 @@ use crate::support::{
 /// Takes an epoch with cold memory; returns it with what storage was asked for meanwhile.
 fn epoch(root: &Path, spec: &Spec, runtime: &Runtime, cache: &Path) -> (Vec<HostBatch>, Counters) {
     let mut config = config(root, std::slice::from_ref(spec));
+    // Room for the footers, and not for all row groups.
+    config.cache_bytes = ByteSize::mib(4);
     config.disk_cache = Some(DiskCacheConfig {
         dir: cache.to_owned(),
         bytes: ByteSize::mib(64),

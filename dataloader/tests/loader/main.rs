@@ -9,6 +9,7 @@ mod disk_cache;
 mod faults;
 mod golden;
 mod hostile;
+mod memory;
 mod order;
 mod support;
 mod transform;

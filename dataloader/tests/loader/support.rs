@@ -64,6 +64,8 @@ pub(crate) struct Spec {
     pub(crate) snappy: bool,
     pub(crate) task: &'static str,
     pub(crate) jpegs: Arc<Vec<Vec<u8>>>,
+    /// Bytes behind each wrist image, which decoders ignore.
+    pub(crate) wrist_padding: usize,
     /// Global row whose primary image is replaced.
     pub(crate) bad_image: Option<(u64, Vec<u8>)>,
     /// Global row whose first action value is NaN.
@@ -81,6 +83,7 @@ impl Spec {
             snappy: false,
             task: "pick up the red cube",
             jpegs: Arc::clone(jpegs),
+            wrist_padding: 0,
             bad_image: None,
             nan_action: None,
         }
@@ -156,12 +159,14 @@ impl Spec {
     }
 
     fn frames(&self, frames: &[(u64, u64, u64)]) -> RecordBatch {
-        let image = |offset: u64, bad: Option<&(u64, Vec<u8>)>| {
+        let image = |offset: u64, bad: Option<&(u64, Vec<u8>)>, padding: usize| {
             let (mut bytes, mut path) = (BinaryBuilder::new(), StringBuilder::new());
             for (_, frame, row) in frames {
                 let jpeg = &self.jpegs[((row + offset) % self.jpegs.len() as u64) as usize];
                 let bad = bad.filter(|(at, _)| at == row).map(|(_, bytes)| bytes);
-                bytes.append_value(bad.unwrap_or(jpeg));
+                let mut image = bad.unwrap_or(jpeg).clone();
+                image.resize(image.len() + padding, 0);
+                bytes.append_value(image);
                 path.append_value(format!("frame-{frame:06}.jpg"));
             }
             let fields = Fields::from(vec![
@@ -192,8 +197,8 @@ impl Spec {
             .iter()
             .flat_map(|&(_, _, row)| [row as f32, (row % 7) as f32, 0.5 - (row % 2) as f32]);
         let columns: Vec<(&str, ArrayRef)> = vec![
-            (PRIMARY, image(0, self.bad_image.as_ref())),
-            (WRIST, image(5, None)),
+            (PRIMARY, image(0, self.bad_image.as_ref(), 0)),
+            (WRIST, image(5, None, self.wrist_padding)),
             ("observation.state", list(3, states.collect())),
             ("action", list(self.action_dim, actions)),
             ("frame_index", numbers(|frame| frame.1)),
