@@ -8,6 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 pub(crate) struct Recent<K, V> {
     capacity: usize,
     entries: Mutex<VecDeque<(K, Arc<V>)>>,
+    /// Values made so far: what jumps cost is counted, not timed.
+    #[cfg(test)]
+    built: std::sync::atomic::AtomicUsize,
 }
 
 impl<K, V> fmt::Debug for Recent<K, V> {
@@ -23,6 +26,8 @@ impl<K: PartialEq + Copy, V> Recent<K, V> {
         Self {
             capacity,
             entries: Mutex::new(VecDeque::with_capacity(capacity)),
+            #[cfg(test)]
+            built: 0.into(),
         }
     }
 
@@ -38,10 +43,18 @@ impl<K: PartialEq + Copy, V> Recent<K, V> {
             }
         } else {
             let value = Arc::new(build());
+            #[cfg(test)]
+            self.built
+                .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             entries.truncate(self.capacity.saturating_sub(1));
             entries.push_front((key, value));
         }
         Arc::clone(&entries[0].1)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn num_built(&self) -> usize {
+        self.built.load(std::sync::atomic::Ordering::Relaxed)
     }
 }
 

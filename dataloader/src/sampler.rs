@@ -136,9 +136,10 @@ impl DatasetOrder {
         let number = position / self.num_frames;
         let in_epoch = position % self.num_frames;
         let epoch = self.epoch(number);
-        let window = epoch
-            .ends
-            .partition_point(|&(_, frames)| frames <= in_epoch);
+        let window = epoch.ends.partition_point(|&(_, frames)| {
+            compared();
+            frames <= in_epoch
+        });
         let before = window.checked_sub(1).map_or(0, |last| epoch.ends[last].1);
         let frames = self
             .windows
@@ -149,7 +150,11 @@ impl DatasetOrder {
 
     fn frame(&self, group: u32, k: u32) -> SampleRef {
         let runs = &self.groups[group as usize].runs;
-        let (before, run) = runs[runs.partition_point(|&(before, _)| before <= k) - 1];
+        let at = runs.partition_point(|&(before, _)| {
+            compared();
+            before <= k
+        });
+        let (before, run) = runs[at - 1];
         SampleRef {
             dataset: self.dataset,
             row_group: group,
@@ -203,10 +208,25 @@ impl DatasetOrder {
     }
 }
 
+/// Counts the comparisons of searches in tests.
+#[cfg(not(test))]
+fn compared() {}
+#[cfg(test)]
+use tests::compared;
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::cell::Cell;
+
+    thread_local! {
+        static COMPARISONS: Cell<u32> = const { Cell::new(0) };
+    }
+
+    pub(super) fn compared() {
+        COMPARISONS.set(COMPARISONS.get() + 1);
+    }
 
     /// Row groups with the given (bytes, frames); episodes of 7 frames, the row after each left out.
     fn groups(shape: &[(u64, u64)]) -> Vec<RowGroupFrames> {
@@ -269,6 +289,41 @@ mod tests {
             assert_eq!(build().at(jump), walk[jump as usize]);
             assert_eq!(replayed.at(jump), walk[jump as usize]);
         }
+    }
+
+    #[test]
+    fn a_jump_costs_a_binary_search_after_its_set_up() {
+        // 256 windows of 16 row groups, each of 8 runs with 50 frames.
+        let order = DatasetOrder::new(0, Seed::new(5), 1600, groups(&vec![(100, 50); 4096]));
+        let window = 16 * 50;
+        assert_eq!(order.num_windows(0), 256);
+        let (epochs, windows) = (order.epochs.num_built(), order.windows.num_built());
+        let built = || {
+            let epochs = order.epochs.num_built() - epochs;
+            (epochs, order.windows.num_built() - windows)
+        };
+        let start = 3 * order.num_frames() + 77 * window;
+        order.at(start + 400);
+        assert_eq!(
+            built(),
+            (1, 1),
+            "one epoch and one window, none before them"
+        );
+        order.at(start + 100 * window);
+        assert_eq!(built(), (1, 2));
+        for offset in [0, 799, 1, 500, 123] {
+            COMPARISONS.set(0);
+            order.at(start + offset);
+            // Among 256 windows, then among 8 runs.
+            assert!(
+                COMPARISONS.get() <= 9 + 4,
+                "{} comparisons",
+                COMPARISONS.get()
+            );
+        }
+        assert_eq!(built(), (1, 2), "nothing is made again");
+        order.at(9 * order.num_frames());
+        assert_eq!(built(), (2, 3));
     }
 
     proptest! {

@@ -11,5 +11,6 @@ mod golden;
 mod hostile;
 mod memory;
 mod order;
+mod order_properties;
 mod support;
 mod transform;
