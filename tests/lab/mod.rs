@@ -1,7 +1,11 @@
 //! A place to run the real command in: a folder of its own, a store, faults, and what came out.
 
 #![allow(unreachable_pub, reason = "shared by test binaries")]
-#![allow(dead_code, reason = "each test binary uses a part of this")]
+#![allow(
+    dead_code,
+    unused_imports,
+    reason = "each test binary uses a part of this"
+)]
 #![allow(
     clippy::unwrap_used,
     clippy::missing_panics_doc,
@@ -13,6 +17,8 @@
     reason = "tests"
 )]
 
+mod store;
+
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
@@ -21,6 +27,8 @@ use std::time::{Duration, Instant};
 use pollen_launcher::{ObjectServer, find_weed};
 use pollen_observe::{Event, Record, read_events};
 use tempfile::TempDir;
+
+pub use store::{fetch, list, open_checkpoint};
 
 /// Longest wait for anything: about ten times what it takes.
 pub const PATIENCE: Duration = Duration::from_mins(5);
@@ -455,51 +463,6 @@ impl Finished {
             })
             .collect()
     }
-}
-
-/// Opens the checkpoint of `step` in a lab without a server.
-pub fn open_checkpoint(
-    run: &Finished,
-    step: u64,
-    runtime: &tokio::runtime::Runtime,
-) -> (
-    pollen_checkpoints::Checkpoints,
-    pollen_checkpoints::Restored,
-) {
-    let url = run.checkpoint_url(step);
-    let (base, id) = url.split_at(url.find("/step-").unwrap());
-    let config = pollen_storage::StorageConfig::default();
-    let silent = std::sync::Arc::new(pollen_storage::Silent);
-    let storage = pollen_storage::Storage::open(base, &config, silent).unwrap();
-    let checkpoints = pollen_checkpoints::Checkpoints::new(storage, runtime.handle().clone());
-    let id = id.trim_start_matches('/').parse().unwrap();
-    let restored = checkpoints.open(id).unwrap().unwrap();
-    (checkpoints, restored)
-}
-
-/// Reads one object of the lab's store.
-pub fn fetch(lab: &Lab, url: &str) -> Vec<u8> {
-    let (folder, name) = url.rsplit_once('/').unwrap();
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let storage = open(lab, folder);
-    runtime.block_on(storage.get(name)).unwrap().to_vec()
-}
-
-/// Lists the objects below a folder of the lab's store.
-pub fn list(lab: &Lab, url: &str) -> Vec<String> {
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    let objects = runtime.block_on(open(lab, url).list("")).unwrap();
-    objects.into_iter().map(|object| object.path).collect()
-}
-
-fn open(lab: &Lab, url: &str) -> pollen_storage::Storage {
-    let mut variables: std::collections::HashMap<String, String> = std::env::vars().collect();
-    if let Some(server) = &lab.server {
-        variables.extend(server.variables());
-    }
-    let config = pollen_storage::StorageConfig::default();
-    let silent = std::sync::Arc::new(pollen_storage::Silent);
-    pollen_storage::Storage::open_with(url, &config, silent, &variables).unwrap()
 }
 
 /// Steps of the `checkpoint` events so far, in the order of publishing.
