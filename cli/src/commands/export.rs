@@ -4,7 +4,7 @@ use std::io::Write;
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
-use pollen_checkpoints::{Checkpoints, FileKind, Manifest, Restored, Verify};
+use pollen_checkpoints::{Checkpoints, Error, FileKind, Manifest, Verify};
 use pollen_core::{ConfigError, ExitCode};
 use pollen_storage::{Silent, Storage, StorageConfig};
 use pollen_weights::{ExportOptions, Initial, WeightFiles, What, export};
@@ -82,32 +82,18 @@ fn find(url: &str, config: &StorageConfig, runtime: &Runtime) -> Result<Found> {
         Ok(json) => {
             let manifest = Manifest::parse(&json).map_err(|fault| usage(url, &fault))?;
             // .../checkpoints/step-00000100/g1
-            let base = url.trim_end_matches('/').rsplitn(3, '/').nth(2);
-            let base = base.filter(|_| {
-                url.trim_end_matches('/')
-                    .ends_with(&manifest.id().to_string())
-            });
+            let id = manifest.id();
+            let base = url.trim_end_matches('/').strip_suffix(&id.to_string());
             let base = base.ok_or_else(|| {
-                usage(
-                    url,
-                    &format!(
-                        "it is the checkpoint {}, moved; export from the folder it was written to",
-                        manifest.id()
-                    ),
-                )
+                let fault =
+                    format!("it is checkpoint {id}; export from the folder it was written to");
+                usage(url, &fault)
             })?;
-            let restored = Restored {
-                dir: manifest.id().to_string(),
-                manifest,
-                skipped: Vec::new(),
-                unreadable: Vec::new(),
-            };
             let all = checkpoints(Storage::open(base, config, Arc::new(Silent))?);
-            for kind in [FileKind::Model, FileKind::Ema] {
-                for file in restored.manifest.of_kind(kind) {
-                    all.read_tensor_file(&restored, file)?;
-                }
-            }
+            let restored = all.verify(id)?.map_err(|reason| Error::Corrupt {
+                url: url.into(),
+                reason,
+            })?;
             return Ok(Found {
                 url: url.into(),
                 manifest: Some(restored.manifest),
