@@ -12,6 +12,8 @@ use crate::fit::{Fit, FitOptions, Part, PromptSource, is_named};
 use crate::names::{self, Meaning};
 use crate::report::Outcome;
 
+/// Missing parameters that an error names; the report has all.
+const MOST_NAMES: usize = 3;
 /// Name of the embeddings of action spaces, which no output depends on.
 const SPACE_EMBEDDINGS: &str = "action_space_embedder.action_embeddings";
 
@@ -103,13 +105,15 @@ impl Fitting<'_> {
     /// Gives every parameter its tensor.
     pub(crate) async fn assign(&mut self) -> Result<()> {
         let specs: Vec<ParameterSpec> = self.fit.table.iter().cloned().collect();
+        let mut missing = Vec::new();
         for spec in &specs {
             match self.sources.remove(&spec.name) {
                 Some(keys) => self.take(spec, keys).await?,
                 None if spec.name == PROMPT => {}
-                None => self.missing(&spec.name),
+                None => missing.push(spec.name.as_str()),
             }
         }
+        self.missing(&missing);
         for (name, keys) in std::mem::take(&mut self.sources) {
             for (key, _) in keys {
                 let allowed = self.options.allow_unexpected.iter();
@@ -130,24 +134,36 @@ impl Fitting<'_> {
         Ok(())
     }
 
-    fn missing(&mut self, name: &str) {
-        let allowed = is_named(name, &self.options.allow_missing);
-        let reason = if allowed {
-            "allowed; it keeps its random initial values"
-        } else {
-            "no tensor has it"
-        };
-        self.fit.report.add(Outcome::Missing, name, name, reason);
-        if !allowed {
-            let group = if is_named(name, &["vlm".into()]) {
-                "vlm"
-            } else {
-                "head"
+    /// Reports the parameters that no key holds; those of a group share one fault.
+    fn missing(&mut self, names: &[&str]) {
+        for group in ["vlm", "head"] {
+            let mut gaps = Vec::new();
+            for &name in names {
+                if !is_named(name, &[group.into()]) {
+                    continue;
+                }
+                let allowed = is_named(name, &self.options.allow_missing);
+                let reason = if allowed {
+                    "allowed; it keeps its random initial values"
+                } else {
+                    gaps.push(format!("`{name}`"));
+                    "no tensor has it"
+                };
+                self.fit.report.add(Outcome::Missing, name, name, reason);
+            }
+            let first = gaps.iter().take(MOST_NAMES).cloned().collect::<Vec<_>>();
+            let more = match gaps.len() - first.len() {
+                0 => String::new(),
+                more => format!(" and {more} more"),
             };
-            self.fit.faults.push(format!(
-                "tensor `{name}` is missing; leave it random with --allow-missing PREFIX or \
-                 --allow-missing {group}"
-            ));
+            if !gaps.is_empty() {
+                self.fit.faults.push(format!(
+                    "{}{more} missing in {}; to leave them random, say --allow-missing PREFIX or \
+                     --allow-missing {group}",
+                    first.join(", "),
+                    self.files.url()
+                ));
+            }
         }
     }
 

@@ -30,7 +30,8 @@ fn refused(bytes: &[u8], parts: &[&str]) {
 fn a_missing_tensor_is_named() {
     let mut tensors = source();
     tensors.remove(NAME);
-    refused(&file(&tensors), &[NAME, "is missing", "--allow-missing"]);
+    let parts = [NAME, "missing in", "/source", "--allow-missing head"];
+    refused(&file(&tensors), &parts);
 }
 
 #[test]

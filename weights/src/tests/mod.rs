@@ -20,18 +20,20 @@ use crate::{Fit, FitOptions, Result, WeightFiles, Written, fit, header, import};
 /// Tensors of a file by name: type, shape and values.
 pub(super) type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<f32>)>;
 
-/// A model that is small enough to be made for every test.
-pub(super) fn config() -> FlowerConfig {
+/// Reads `configs/model/<name>`.
+pub(super) fn published(name: &str) -> FlowerConfig {
     #[derive(serde::Deserialize)]
     struct File {
         model: FlowerConfig,
     }
-    let path = format!(
-        "{}/../configs/model/flower-tiny.toml",
-        env!("CARGO_MANIFEST_DIR")
-    );
+    let path = format!("{}/../configs/model/{name}", env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(path).expect("part of the repository");
-    let mut config = toml::from_str::<File>(&text).expect("valid").model;
+    toml::from_str::<File>(&text).expect("valid").model
+}
+
+/// A model that is small enough to be made for every test.
+pub(super) fn config() -> FlowerConfig {
+    let mut config = published("flower-tiny.toml");
     config.vision.dims = vec![4, 8];
     config.vision.heads = vec![1, 2];
     config.vision.groups = vec![2, 2];

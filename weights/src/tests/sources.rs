@@ -6,9 +6,10 @@ use pollen_model::{CrossAttentionMask, NormVariant, PROMPT, TOKEN_TABLE};
 use safetensors::Dtype;
 
 use super::{
-    Lab, Tensors, bits, canonical, config, file, mean_row, options, spaces, trained, with_buffers,
+    Lab, Tensors, bits, canonical, config, file, mean_row, options, published, spaces, trained,
+    with_buffers,
 };
-use crate::names::to_transformers;
+use crate::names::{self, Meaning, to_transformers};
 use crate::{FitOptions, Initial, Outcome};
 
 /// Renames all tensors.
@@ -25,6 +26,26 @@ fn old_name(name: &str) -> String {
         .replace(".mlp.fc2.", ".mlp.c_fc2.")
         .replace(".mlp.proj.", ".mlp.c_proj.");
     format!("agent.{}", name.replace("model.", ""))
+}
+
+#[test]
+fn every_name_of_the_full_model_is_known_in_every_dialect() {
+    let table = published("flower.toml").parameter_table(&spaces());
+    let table = table.expect("valid");
+    let mut num_native = 0;
+    for spec in table.iter() {
+        let parameter = |transposed| Meaning::Parameter {
+            name: spec.name.clone(),
+            transposed,
+        };
+        assert_eq!(names::read(&spec.name).meaning, parameter(false));
+        assert_eq!(names::read(&old_name(&spec.name)).meaning, parameter(false));
+        if let Some((native, transposed)) = to_transformers(&spec.name) {
+            assert_eq!(names::read(&native).meaning, parameter(transposed));
+            num_native += 1;
+        }
+    }
+    assert_eq!(num_native, 601, "all of the encoder");
 }
 
 #[test]
