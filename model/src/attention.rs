@@ -20,6 +20,14 @@ pub(crate) struct Dropped {
     pub(crate) train: bool,
 }
 
+impl Dropped {
+    /// No dropout, in training either.
+    pub(crate) const NEVER: Self = Self {
+        rate: 0.0,
+        train: false,
+    };
+}
+
 /// Returns `softmax(q k^T / sqrt(E) + bias) v`.
 ///
 /// # Shapes

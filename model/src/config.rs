@@ -1,5 +1,7 @@
 //! Sizes and switches of FLOWER: the `[model]` table of a recipe.
 
+mod vlm;
+
 use std::collections::BTreeSet;
 
 use burn::tensor::Device;
@@ -11,13 +13,11 @@ use crate::flower::Flower;
 use crate::init;
 use crate::parameters::ParameterTable;
 use crate::weights::Weights;
+pub use vlm::{DecoderConfig, LanguageConfig, SiglipConfig, VisionConfig};
+pub(crate) use vlm::{IMAGE_POSITIONS, POSITION_OFFSET, patch_geometry};
 
 /// Width of the sinusoids of time and frequency.
 pub(crate) const SINUSOID_WIDTH: usize = 256;
-/// Rows of each of the two image position tables.
-pub(crate) const IMAGE_POSITIONS: usize = 50;
-/// The first text position is row 2 of the position table.
-pub(crate) const POSITION_OFFSET: usize = 2;
 
 /// Order of the joined sequence that the text encoder reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -85,45 +85,17 @@ pub enum ModulationKind {
     AdalnZero,
 }
 
-/// The image tower (DaViT). The first stage has a 7x7 patch convolution of stride 4, the others
-/// 3x3 of stride 2.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct VisionConfig {
-    /// Side of the square input, in pixels.
-    pub image_size: usize,
-    /// Channels of each stage.
-    pub dims: Vec<usize>,
-    /// Heads of the window attention of each stage.
-    pub heads: Vec<usize>,
-    /// Groups of the channel attention of each stage.
-    pub groups: Vec<usize>,
-    /// Pairs of a spatial and a channel block in each stage.
-    pub depths: Vec<usize>,
-    /// Side of an attention window, in cells.
-    pub window: usize,
-    /// Highest probability to drop a residual branch; it grows linearly from 0 with the depth.
-    pub stochastic_depth: f64,
-}
-
-/// The text encoder (BART).
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LanguageConfig {
-    /// Width of the tokens.
-    pub width: usize,
-    /// Encoder layers.
-    pub layers: usize,
-    /// Attention heads.
-    pub heads: usize,
-    /// Width of the feed-forward layer.
-    pub ffn: usize,
-    /// Rows of the token table, the one of the prompt token (the last) included.
-    pub vocab_size: usize,
-    /// Longest joined sequence.
-    pub max_positions: usize,
-    /// Dropout of embeddings, attention and feed-forward layers.
-    pub dropout: f64,
+/// Where the flow transformer takes its context from the vision-language model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Fusion {
+    /// From the middle: BART's encoder without its decoder, or the first layers of a decoder.
+    #[default]
+    Intermediate,
+    /// Before the language layers: image tokens and words as they would enter the first one.
+    Early,
+    /// Behind all language layers: BART's encoder and decoder, or the whole decoder.
+    Late,
 }
 
 /// The flow transformer.
@@ -171,6 +143,9 @@ pub struct FlowerConfig {
     pub encoder_mask: EncoderMask,
     /// Mask of the cross-attention.
     pub cross_attention_mask: CrossAttentionMask,
+    /// Where the flow transformer takes its context from the vision-language model.
+    #[serde(default)]
+    pub fusion: Fusion,
     /// Dropout of the context tokens.
     pub token_dropout: f64,
     /// Whether the policy sees the proprioception of the action spaces that declare some.
@@ -195,70 +170,6 @@ pub struct FlowerConfig {
 
 fn yes() -> bool {
     true
-}
-
-impl VisionConfig {
-    /// Returns the side of the last feature map, in cells.
-    pub fn grid(&self) -> usize {
-        (0..self.dims.len()).fold(self.image_size, |side, stage| {
-            let (kernel, stride, padding) = patch_geometry(stage);
-            (side + 2 * padding).saturating_sub(kernel) / stride + 1
-        })
-    }
-
-    /// Returns the tokens of one image: the mean and every cell.
-    pub fn num_tokens(&self) -> usize {
-        1 + self.grid() * self.grid()
-    }
-
-    /// Returns the number of blocks, spatial and channel ones.
-    pub fn num_blocks(&self) -> usize {
-        2 * self.depths.iter().sum::<usize>()
-    }
-
-    fn faults(&self, faults: &mut Vec<String>) {
-        let stages = self.dims.len();
-        if stages == 0
-            || [&self.heads, &self.groups, &self.depths]
-                .iter()
-                .any(|v| v.len() != stages)
-        {
-            faults.push(
-                "vision.dims, heads, groups and depths need one entry per stage, at least one"
-                    .into(),
-            );
-            return;
-        }
-        for (stage, &dim) in self.dims.iter().enumerate() {
-            for (key, parts) in [("heads", self.heads[stage]), ("groups", self.groups[stage])] {
-                if parts == 0 || dim % parts != 0 {
-                    faults.push(format!(
-                        "vision.dims[{stage}] = {dim} is not a multiple of vision.{key}[{stage}] = {parts}"
-                    ));
-                }
-            }
-            if dim == 0 || self.depths[stage] == 0 {
-                faults.push(format!(
-                    "vision.dims[{stage}] and depths[{stage}] must be positive"
-                ));
-            }
-        }
-        if !self.dims[stages - 1].is_multiple_of(2) {
-            faults.push(
-                "the last of vision.dims must be even: half for rows, half for columns".into(),
-            );
-        }
-        if self.window == 0 || self.image_size == 0 {
-            faults.push("vision.window and vision.image_size must be positive".into());
-        } else if self.grid() > IMAGE_POSITIONS {
-            faults.push(format!(
-                "vision.image_size = {} gives {} cells a side, above {IMAGE_POSITIONS}",
-                self.image_size,
-                self.grid()
-            ));
-        }
-        probability("vision.stochastic_depth", self.stochastic_depth, faults);
-    }
 }
 
 impl FlowConfig {
@@ -311,43 +222,28 @@ fn probability(key: &str, value: f64, faults: &mut Vec<String>) {
     }
 }
 
-/// Returns kernel, stride and padding of a stage's patch convolution.
-pub(crate) fn patch_geometry(stage: usize) -> (usize, usize, usize) {
-    if stage == 0 { (7, 4, 3) } else { (3, 2, 1) }
-}
-
 impl FlowerConfig {
     /// Returns every fault of the configuration; empty when it can be built.
     pub fn validate(&self) -> Vec<String> {
         let mut faults = Vec::new();
         self.vision.faults(&mut faults);
-        let language = &self.language;
-        if language.heads == 0
-            || language.width == 0
-            || !language.width.is_multiple_of(language.heads.max(1))
-        {
-            faults.push(format!(
-                "language.width = {} must be a multiple of language.heads = {}",
-                language.width, language.heads
-            ));
+        self.language.faults(&mut faults);
+        if self.language.decoder.is_some() != self.vision.siglip.is_some() {
+            faults.push(
+                "vision.siglip and language.decoder belong together: give both or neither".into(),
+            );
         }
-        if language.layers == 0 || language.ffn == 0 {
-            faults.push("language.layers and language.ffn must be positive".into());
-        }
-        if language.vocab_size < 2 {
-            faults.push("language.vocab_size must hold the prompt token and one more".into());
-        }
-        probability("language.dropout", language.dropout, &mut faults);
         self.flow.faults(&mut faults);
         if self.num_cameras == 0 {
             faults.push("num_cameras must be positive".into());
         }
         probability("token_dropout", self.token_dropout, &mut faults);
-        if faults.is_empty() && self.context_len(1) > language.max_positions {
+        let (language, length) = (&self.language, self.joined_len(1));
+        if faults.is_empty() && length > language.max_positions {
             faults.push(format!(
                 "language.max_positions = {} is below the {} positions of {} camera(s), the prompt vector and one word",
                 language.max_positions,
-                self.context_len(1),
+                length,
                 self.num_cameras
             ));
         }
@@ -361,8 +257,37 @@ impl FlowerConfig {
     }
 
     /// Returns the length of the joined sequence for `text_len` text tokens.
-    pub fn context_len(&self, text_len: usize) -> usize {
+    pub(crate) fn joined_len(&self, text_len: usize) -> usize {
         self.num_cameras * self.vision.num_tokens() + 1 + text_len
+    }
+
+    /// Returns the tokens of the context for `text_len` text tokens: the joined sequence, or the
+    /// text alone where BART's decoder has read it.
+    pub fn context_len(&self, text_len: usize) -> usize {
+        if self.rereads_text() {
+            text_len
+        } else {
+            self.joined_len(text_len)
+        }
+    }
+
+    /// Returns whether BART's decoder reads the text behind the encoder.
+    pub(crate) fn rereads_text(&self) -> bool {
+        self.fusion == Fusion::Late && self.language.decoder.is_none()
+    }
+
+    /// Returns the text encoder with the layers that the fusion leaves.
+    pub(crate) fn pruned_language(&self) -> LanguageConfig {
+        let mut language = self.language.clone();
+        let dropped = match (self.fusion, &language.decoder) {
+            (Fusion::Early, _) => language.layers,
+            (Fusion::Intermediate, Some(decoder)) => {
+                (decoder.dropped_share * language.layers as f64) as usize
+            }
+            (Fusion::Intermediate, None) | (Fusion::Late, _) => 0,
+        };
+        language.layers -= dropped;
+        language
     }
 
     /// Returns whether padding behind the text changes nothing, so that it can be left out: the

@@ -9,7 +9,7 @@ use std::fmt;
 use pollen_core::ActionSpace;
 use serde::Serialize;
 
-use crate::config::{FlowerConfig, ModulationKind, SINUSOID_WIDTH, patch_geometry};
+use crate::config::{FlowerConfig, ModulationKind, SINUSOID_WIDTH, SiglipConfig, patch_geometry};
 use crate::error::Error;
 use crate::parameters::{PROMPT, ParameterTable, grouped};
 
@@ -161,7 +161,7 @@ impl FlowerConfig {
         let widest = spaces.iter().map(ActionSpace::dim).max().unwrap_or(0);
         let work = [
             ("image tower", self.vision_work()),
-            ("text encoder", self.language_work(text_len)),
+            ("language layers", self.language_work(text_len)),
             ("flow transformer", self.flow_work(text_len, widest)),
         ];
         let mut differentiated = false;
@@ -192,6 +192,36 @@ impl FlowerConfig {
     }
 
     fn vision_work(&self) -> Work {
+        let cameras = self.num_cameras as u64;
+        let one = match &self.vision.siglip {
+            Some(siglip) => self.siglip_work(siglip),
+            None => self.davit_work(),
+        };
+        Work {
+            flops: cameras * one.flops,
+            kept: cameras * one.kept,
+            kept_attention: cameras * one.kept_attention,
+        }
+    }
+
+    /// Work on one image.
+    fn siglip_work(&self, siglip: &SiglipConfig) -> Work {
+        let vision = &self.vision;
+        let (width, layers) = (vision.dims[0], vision.depths[0]);
+        let patches = vision.grid() * vision.grid();
+        let square = siglip.pixel_shuffle * siglip.pixel_shuffle;
+        let mut work = Work::default();
+        work.product(1, patches, 3 * siglip.patch * siglip.patch, width);
+        work.product(4 * layers, patches, width, width);
+        work.product(2 * layers, patches, width, siglip.ffn);
+        work.attention(layers, patches * patches, width, vision.heads[0], 0.0);
+        work.keep(layers, patches, width);
+        work.product(1, patches / square, width * square, self.language.width);
+        work
+    }
+
+    /// Work on one image.
+    fn davit_work(&self) -> Work {
         let vision = &self.vision;
         let mut work = Work::default();
         let (mut inputs, mut side) = (3, vision.image_size);
@@ -216,29 +246,42 @@ impl FlowerConfig {
             inputs = width;
         }
         work.product(1, vision.num_tokens(), inputs, self.language.width);
-        let cameras = self.num_cameras as u64;
-        Work {
-            flops: cameras * work.flops,
-            kept: cameras * work.kept,
-            kept_attention: cameras * work.kept_attention,
-        }
+        work
     }
 
     fn language_work(&self, text_len: usize) -> Work {
-        let language = &self.language;
-        let (width, layers) = (language.width, language.layers);
-        let tokens = self.context_len(text_len);
+        let language = self.pruned_language();
+        let (width, layers, heads) = (language.width, language.layers, language.heads);
+        let tokens = self.joined_len(text_len);
         let mut work = Work::default();
-        work.product(4 * layers, tokens, width, width);
-        work.product(2 * layers, tokens, width, language.ffn);
-        work.attention(
-            layers,
-            tokens * tokens,
-            width,
-            language.heads,
-            language.dropout,
-        );
+        if let Some(decoder) = &language.decoder {
+            let queries = heads * decoder.head_dim;
+            work.product(2 * layers, tokens, width, queries);
+            work.product(
+                2 * layers,
+                tokens,
+                width,
+                decoder.kv_heads * decoder.head_dim,
+            );
+            work.product(3 * layers, tokens, width, language.ffn);
+            work.attention(layers, tokens * tokens, queries, heads, 0.0);
+        } else {
+            work.product(4 * layers, tokens, width, width);
+            work.product(2 * layers, tokens, width, language.ffn);
+            work.attention(layers, tokens * tokens, width, heads, language.dropout);
+        }
         work.keep(layers, tokens, width);
+        if self.rereads_text() {
+            work.product(6 * layers, text_len, width, width);
+            work.product(2 * layers, tokens, width, width);
+            work.product(2 * layers, text_len, width, language.ffn);
+            for keys in [text_len, tokens] {
+                let pairs = text_len * keys;
+                work.attention(layers, pairs, width, heads, language.dropout);
+                work.keep(layers, text_len, width);
+            }
+            work.kept += (2 * layers * tokens * width) as u64;
+        }
         work
     }
 
@@ -325,8 +368,8 @@ fn count(table: &ParameterTable, part: &str) -> (u64, u64) {
 }
 
 fn part_of(name: &str) -> &'static str {
-    if name.starts_with("vlm.language_model.") {
-        "text encoder"
+    if name.starts_with("vlm.language_model.") || name.starts_with("vlm.text_model.") {
+        "language layers"
     } else if name.starts_with("vlm.") {
         "image tower"
     } else {

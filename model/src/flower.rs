@@ -65,15 +65,17 @@ impl Flower {
         let encoder_masks = self.encoder_masks(masks);
         let images = self.encoder.image_tokens(obs.images.clone(), encoder_masks);
         let content_BS = self.encoder.content_mask(obs, images.dims()[1]);
-        let joined_BSD = self.encoder.join(images, obs.input_ids.clone());
+        let (joined_BSD, words_BTD) = self.encoder.join(images, obs.input_ids.clone());
         let seed = encoder_masks.map(|masks| masks.dropout);
-        let mut features = self.encoder.encode(joined_BSD, content_BS.clone(), seed);
+        let mut features = self
+            .encoder
+            .encode(joined_BSD, words_BTD, &content_BS, seed);
         if let Some(keep) = masks.and_then(|masks| masks.token_keep.clone()) {
             features = features * keep;
         }
         self.head.context(Encoded {
             features_BSC: features,
-            mask_BS: content_BS,
+            mask_BS: self.encoder.context_mask(content_BS, obs.text_mask.clone()),
             frequency_hz: obs.frequency_hz.clone(),
             proprio_BP: obs.proprio.clone(),
             spaces: &obs.spaces,

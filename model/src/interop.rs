@@ -103,9 +103,9 @@ fn write_weights_and_activations() {
     let images = model.encoder.image_tokens(obs.images.clone(), None);
     let tokens = images.dims();
     let content = model.encoder.content_mask(&obs, tokens[1]);
-    let joined = model.encoder.join(images.clone(), obs.input_ids.clone());
+    let (joined, _) = model.encoder.join(images.clone(), obs.input_ids.clone());
     let joined_shape = joined.dims();
-    let encoded = model.encoder.encode(joined, content.clone(), None);
+    let encoded = model.encoder.encode(joined, None, &content, None);
     let ids = ids.into_iter().map(|id| id as f32).collect();
     save(
         &dir.join("activations.safetensors"),

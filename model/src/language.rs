@@ -9,6 +9,7 @@ use burn::tensor::{Int, Tensor};
 use pollen_core::Seed;
 
 use crate::attention::{Dropped, attend, join_heads, split_heads};
+use crate::bart_decoder::{BartDecoder, DECODER};
 use crate::config::{LanguageConfig, POSITION_OFFSET};
 use crate::layers::{Embedding, LayerNorm, Linear, Mlp, dropout, reseed};
 use crate::parameters::ENCODER;
@@ -137,6 +138,7 @@ impl Encoder {
     ///
     /// # Shapes
     /// `x_BSD: [B, S, D]`, `bias: [B, 1, 1, S]` (none: all attended) -> `[B, S, D]`
+    #[cfg(test)]
     pub(crate) fn forward(
         &self,
         x_BSD: Tensor<3>,
@@ -148,11 +150,12 @@ impl Encoder {
     }
 }
 
-/// Token table and encoder.
+/// Token table and encoder, with the decoder if the parameter table has it.
 #[derive(Module, Debug)]
 pub(crate) struct TextEncoder {
     shared: Embedding,
     pub(crate) encoder: Encoder,
+    pub(crate) decoder: Option<BartDecoder>,
 }
 
 impl TextEncoder {
@@ -169,6 +172,9 @@ impl TextEncoder {
                 layers,
                 dropout_rate: config.dropout,
             },
+            decoder: weights
+                .has(&format!("{DECODER}.embed_positions.weight"))
+                .then(|| BartDecoder::new(weights, config)),
         }
     }
 

@@ -50,20 +50,27 @@ impl Linear {
 pub(crate) struct LayerNorm {
     weight: Param<Tensor<1>>,
     bias: Param<Tensor<1>>,
+    eps: f64,
 }
 
 impl LayerNorm {
     pub(crate) fn new(weights: &mut Weights, path: &str) -> Self {
+        Self::with_eps(weights, path, LAYER_NORM_EPS)
+    }
+
+    /// Builds the norm with another addition to the variance.
+    pub(crate) fn with_eps(weights: &mut Weights, path: &str, eps: f64) -> Self {
         Self {
             weight: weights.param(&format!("{path}.weight")),
             bias: weights.param(&format!("{path}.bias")),
+            eps,
         }
     }
 
     /// # Shapes
     /// `[.., width] -> [.., width]`
     pub(crate) fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        layer_norm(x, self.weight.val(), Some(self.bias.val()), LAYER_NORM_EPS)
+        layer_norm(x, self.weight.val(), Some(self.bias.val()), self.eps)
     }
 }
 
@@ -73,6 +80,7 @@ pub(crate) struct RmsNorm {
     weight: Param<Tensor<1>>,
     #[module(skip)]
     variant: NormVariant,
+    eps: f64,
 }
 
 impl RmsNorm {
@@ -80,6 +88,15 @@ impl RmsNorm {
         Self {
             weight: weights.param(&format!("{path}.weight")),
             variant,
+            eps: RMS_NORM_EPS,
+        }
+    }
+
+    /// Builds a norm by the root of the mean square with another addition to it.
+    pub(crate) fn with_eps(weights: &mut Weights, path: &str, eps: f64) -> Self {
+        Self {
+            eps,
+            ..Self::new(weights, path, NormVariant::Rms)
         }
     }
 
@@ -90,7 +107,7 @@ impl RmsNorm {
             NormVariant::Rms => x.clone().square().mean_dim(D - 1),
             NormVariant::Variance => x.clone().var(D - 1),
         };
-        x / (scale + RMS_NORM_EPS).sqrt() * self.weight.val().unsqueeze()
+        x / (scale + self.eps).sqrt() * self.weight.val().unsqueeze()
     }
 }
 
@@ -200,6 +217,13 @@ impl Mlp {
 pub(crate) fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     let erf = (x.clone() * std::f64::consts::FRAC_1_SQRT_2).erf();
     x * (erf * 0.5 + 0.5)
+}
+
+/// The GELU in its tanh approximation, with which SigLIP was trained.
+pub(crate) fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let cubic = x.clone() * x.clone() * x.clone() * 0.044_715 + x.clone();
+    let tanh = (cubic * (2.0 / std::f64::consts::PI).sqrt()).tanh();
+    x * (tanh * 0.5 + 0.5)
 }
 
 /// Returns the tensor twice, each with a gradient of its own, so that what one user of a shared

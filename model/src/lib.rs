@@ -19,8 +19,9 @@
 //! | `segments` | a forward pass in segments, whose backward finishes gradients one by one |
 //! | `flat` | parameters and gradients as flat, named tensors |
 //! | `names` | module paths to the names in published checkpoints |
-//! | `vision` | DaViT and the projection to tokens |
-//! | `language` | BART's encoder |
+//! | `vision` | DaViT or SigLIP, and the projection to tokens |
+//! | `language`, `bart_decoder` | BART's encoder; its decoder, for late fusion |
+//! | `llama` | a LLaMA-type decoder, for decoder-only vision-language models |
 //! | `fusion` | joins and encodes images, prompt vector and text |
 //! | `flow_transformer`, `flow_block` | conditioning, blocks, encoders and decoders per action space |
 //! | `rows` | groups a batch by action space |
@@ -49,6 +50,7 @@
 )]
 
 mod attention;
+mod bart_decoder;
 mod config;
 mod cost;
 mod error;
@@ -60,6 +62,7 @@ mod fusion;
 mod init;
 mod language;
 mod layers;
+mod llama;
 mod names;
 mod observation;
 mod parameters;
@@ -82,8 +85,8 @@ mod switches;
 mod testing;
 
 pub use config::{
-    CrossAttentionMask, EncoderMask, FlowConfig, FlowerConfig, LanguageConfig, ModulationKind,
-    NormVariant, Part, TokenOrder, VisionConfig,
+    CrossAttentionMask, DecoderConfig, EncoderMask, FlowConfig, FlowerConfig, Fusion,
+    LanguageConfig, ModulationKind, NormVariant, Part, SiglipConfig, TokenOrder, VisionConfig,
 };
 pub use cost::{ModelCost, ModulationSaving, PartCost};
 pub use error::Error;

@@ -1,8 +1,20 @@
 //! From the path of a parameter inside the modules to its name in published checkpoints.
 
 /// Replacements, applied in this order to a module path.
-const RULES: [(&str, &str); 20] = [
-    ("encoder.vision_tower.", "vlm.vision_tower."),
+const RULES: [(&str, &str); 26] = [
+    ("encoder.vision_tower.Davit.", "vlm.vision_tower."),
+    (
+        "encoder.vision_tower.Siglip.layers.",
+        "vlm.vision_model.encoder.layers.",
+    ),
+    ("encoder.vision_tower.Siglip.", "vlm.vision_model."),
+    (
+        "encoder.projection.Connector.proj.",
+        "vlm.connector.modality_projection.proj.",
+    ),
+    ("encoder.projection.Florence.", "encoder.projection."),
+    ("encoder.language_model.Llama.", "vlm.text_model."),
+    ("encoder.language_model.Bart.", "encoder.language_model."),
     (".conv1.", ".conv1.fn.dw."),
     (".conv2.", ".conv2.fn.dw."),
     (".window_attn.qkv.", ".window_attn.fn.qkv."),
@@ -67,12 +79,20 @@ mod tests {
     fn paths_become_published_names() {
         for (path, name) in [
             (
-                "encoder.vision_tower.blocks.2.0.spatial_block.ffn.net.fc1.weight",
+                "encoder.vision_tower.Davit.blocks.2.0.spatial_block.ffn.net.fc1.weight",
                 "vlm.vision_tower.blocks.2.0.spatial_block.ffn.fn.net.fc1.weight",
             ),
             (
-                "encoder.language_model.encoder.layers.3.ffn.fc2.bias",
+                "encoder.language_model.Bart.encoder.layers.3.ffn.fc2.bias",
                 "vlm.language_model.model.encoder.layers.3.fc2.bias",
+            ),
+            (
+                "encoder.vision_tower.Siglip.layers.0.layer_norm1.weight",
+                "vlm.vision_model.encoder.layers.0.layer_norm1.weight",
+            ),
+            (
+                "encoder.language_model.Llama.layers.2.mlp.up_proj.weight",
+                "vlm.text_model.layers.2.mlp.up_proj.weight",
             ),
             ("head.adaln.1.weight", "adaln.b.modCX.1.weight"),
             ("head.dit.4.mlp.fc1.weight", "dit.4.mlp.fc1.weight"),

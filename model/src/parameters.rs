@@ -7,13 +7,18 @@ use std::fmt;
 
 use pollen_core::ActionSpace;
 
+use crate::bart_decoder::DECODER;
 use crate::config::{
-    FlowConfig, FlowerConfig, IMAGE_POSITIONS, LanguageConfig, ModulationKind, POSITION_OFFSET,
-    SINUSOID_WIDTH, VisionConfig, patch_geometry,
+    DecoderConfig, FlowConfig, FlowerConfig, Fusion, IMAGE_POSITIONS, LanguageConfig,
+    ModulationKind, POSITION_OFFSET, SINUSOID_WIDTH, SiglipConfig, VisionConfig, patch_geometry,
 };
+use crate::llama::LLAMA;
+use crate::vision::{CONNECTOR, SIGLIP};
 
 /// Name of the token table.
 pub const TOKEN_TABLE: &str = "vlm.language_model.model.shared.weight";
+/// Name of the token table of a LLaMA-type decoder.
+pub(crate) const LLAMA_TOKENS: &str = "vlm.text_model.embed_tokens.weight";
 /// Name of the prompt vector, saved with the weights but not trained.
 pub const PROMPT: &str = "prompt_embeds";
 /// Name of the text encoder.
@@ -70,8 +75,18 @@ pub struct ParameterTable {
 impl ParameterTable {
     pub(crate) fn new(config: &FlowerConfig, spaces: &[ActionSpace]) -> Self {
         let mut table = Self::default();
-        table.vision(&config.vision, config.language.width);
-        table.language(&config.language);
+        let language = config.pruned_language();
+        match &config.vision.siglip {
+            Some(siglip) => table.siglip(&config.vision, siglip, language.width),
+            None => table.vision(&config.vision, language.width),
+        }
+        match &language.decoder {
+            Some(decoder) => table.llama(&language, decoder, config.fusion == Fusion::Late),
+            None => table.language(&language),
+        }
+        if config.rereads_text() {
+            table.bart_decoder(&language);
+        }
         table.add(PROMPT, &[1, 1, config.language.width], Init::MeanToken);
         table.freeze(PROMPT);
         table.flow(&config.flow, config.language.width, spaces);
@@ -215,6 +230,84 @@ impl ParameterTable {
         }
     }
 
+    /// Adds BART's decoder.
+    pub(crate) fn bart_decoder(&mut self, config: &LanguageConfig) {
+        let width = config.width;
+        let positions = [config.max_positions + POSITION_OFFSET, width];
+        let name = format!("{DECODER}.embed_positions.weight");
+        self.add(&name, &positions, Init::Normal(STD));
+        self.layer_norm(&format!("{DECODER}.layernorm_embedding"), width);
+        for layer in 0..config.layers {
+            let path = format!("{DECODER}.layers.{layer}");
+            for attention in ["self_attn", "encoder_attn"] {
+                for part in ["q_proj", "k_proj", "v_proj", "out_proj"] {
+                    self.normal(&format!("{path}.{attention}.{part}"), &[width, width]);
+                }
+                self.layer_norm(&format!("{path}.{attention}_layer_norm"), width);
+            }
+            self.normal(&format!("{path}.fc1"), &[config.ffn, width]);
+            self.normal(&format!("{path}.fc2"), &[width, config.ffn]);
+            self.layer_norm(&format!("{path}.final_layer_norm"), width);
+        }
+    }
+
+    /// Adds SigLIP and the connector to `width`.
+    pub(crate) fn siglip(&mut self, config: &VisionConfig, siglip: &SiglipConfig, width: usize) {
+        let (dim, patch) = (config.dims[0], siglip.patch);
+        let embeddings = format!("{SIGLIP}.embeddings");
+        self.normal(
+            &format!("{embeddings}.patch_embedding"),
+            &[dim, 3, patch, patch],
+        );
+        let positions = [config.grid() * config.grid(), dim];
+        let name = format!("{embeddings}.position_embedding.weight");
+        self.add(&name, &positions, Init::Normal(STD));
+        for layer in 0..config.depths[0] {
+            let path = format!("{SIGLIP}.encoder.layers.{layer}");
+            for part in ["q_proj", "k_proj", "v_proj", "out_proj"] {
+                self.normal(&format!("{path}.self_attn.{part}"), &[dim, dim]);
+            }
+            self.normal(&format!("{path}.mlp.fc1"), &[siglip.ffn, dim]);
+            self.normal(&format!("{path}.mlp.fc2"), &[dim, siglip.ffn]);
+            self.layer_norm(&format!("{path}.layer_norm1"), dim);
+            self.layer_norm(&format!("{path}.layer_norm2"), dim);
+        }
+        self.layer_norm(&format!("{SIGLIP}.post_layernorm"), dim);
+        let inputs = dim * siglip.pixel_shuffle * siglip.pixel_shuffle;
+        self.add(
+            &format!("{CONNECTOR}.weight"),
+            &[width, inputs],
+            Init::Normal(STD),
+        );
+    }
+
+    /// Adds a LLaMA-type decoder; `whole`: with the norm behind its last layer.
+    pub(crate) fn llama(&mut self, config: &LanguageConfig, decoder: &DecoderConfig, whole: bool) {
+        let width = config.width;
+        self.add(LLAMA_TOKENS, &[config.vocab_size, width], Init::Normal(STD));
+        let queries = config.heads * decoder.head_dim;
+        let keys = decoder.kv_heads * decoder.head_dim;
+        for layer in 0..config.layers {
+            let path = format!("{LLAMA}.layers.{layer}");
+            for (part, shape) in [
+                ("self_attn.q_proj", [queries, width]),
+                ("self_attn.k_proj", [keys, width]),
+                ("self_attn.v_proj", [keys, width]),
+                ("self_attn.o_proj", [width, queries]),
+                ("mlp.gate_proj", [config.ffn, width]),
+                ("mlp.up_proj", [config.ffn, width]),
+                ("mlp.down_proj", [width, config.ffn]),
+            ] {
+                self.add(&format!("{path}.{part}.weight"), &shape, Init::Normal(STD));
+            }
+            self.rms_norm(&format!("{path}.input_layernorm"), width);
+            self.rms_norm(&format!("{path}.post_attention_layernorm"), width);
+        }
+        if whole {
+            self.rms_norm(&format!("{LLAMA}.norm"), width);
+        }
+    }
+
     /// Adds one block of the flow transformer under `path` (with its trailing dot, if any).
     pub(crate) fn flow_block(&mut self, config: &FlowConfig, path: &str) {
         let (width, head_dim, hidden) = (config.width, config.head_dim(), config.hidden());
@@ -308,8 +401,9 @@ fn module_of(name: &str) -> String {
         ["vlm", "vision_tower", ..] => {
             return format!("vlm.vision_tower (stage {})", parts[3]);
         }
-        ["vlm", "language_model", "model", "encoder", ..] => 5,
+        ["vlm", "language_model", "model", "encoder" | "decoder", ..] => 5,
         ["vlm", "language_model", ..] => 4,
+        ["vlm", "vision_model" | "text_model", ..] => 3,
         [
             "vlm" | "adaln" | "action_encoders" | "action_decoders" | "proprio_encoders",
             ..,
@@ -379,6 +473,23 @@ mod tests {
         let config = flower_config("flower.toml");
         let count = |spaces: &[ActionSpace]| config.parameter_table(spaces).expect("valid").count();
         assert_eq!(count(&with) - count(&plain), 1_067_008);
+    }
+
+    #[test]
+    fn the_decoder_only_model_has_the_sizes_of_smolvlm2() {
+        let spaces = [space("eef_delta", 7, 0)];
+        let mut config = flower_config("flower-smolvlm2.toml");
+        let vlm = |config: &FlowerConfig| -> usize {
+            let table = config.parameter_table(&spaces).expect("valid");
+            let part = table.iter().filter(|spec| spec.name.starts_with("vlm."));
+            part.map(ParameterSpec::len).sum()
+        };
+        let kept = vlm(&config);
+        config.fusion = Fusion::Late;
+        // Published with an output layer of the size of its token table.
+        assert_eq!(vlm(&config) + 49_280 * 960, 507_482_304);
+        // 9 of 32 layers and the last norm are dropped.
+        assert_eq!(vlm(&config) - kept, 9 * 9_832_320 + 960);
     }
 
     #[test]

@@ -12,20 +12,24 @@
 //! The blocks of a part that `model.recompute` names are segments of their own. Their forward pass
 //! records nothing; the backward pass runs it again, with the same draws, and records.
 
+mod state;
+
 use std::ops::Range;
 
 use burn::module::Module;
 use burn::tensor::{Gradients, Int, Tensor};
 use pollen_core::Seed;
 
+use crate::bart_decoder::{BartDecoder, Decoded};
 use crate::config::Part;
 use crate::flat::Pending;
-use crate::flow_transformer::{Encoded, FlowState};
+use crate::flow_transformer::Encoded;
 use crate::flower::Flower;
 use crate::fusion::all_cameras;
 use crate::observation::{Observation, TrainMasks};
 use crate::rows::RowGroups;
 use crate::vision::{DepthKeep, channels_last};
+use state::State;
 
 /// Blocks or layers of a segment: few enough that the first gradients come early, many enough
 /// that cuts cost nothing.
@@ -40,22 +44,14 @@ enum Segment {
     Join,
     /// Layers of the text encoder.
     Language(Range<usize>),
+    /// Embedding of the words that BART's decoder reads.
+    Reread,
+    /// Layers of BART's decoder.
+    Decoder(Range<usize>),
     /// Projection of the context, conditioning vector, action encoders.
     Condition,
     /// Blocks of the flow transformer; the last of them with the action decoders.
     Flow(Range<usize>),
-}
-
-/// What crosses a cut.
-#[derive(Clone, Debug)]
-enum State {
-    /// `[B * N, H, W, C]`
-    Map(Tensor<4>),
-    /// `[B, S, D]`
-    Tokens(Tensor<3>),
-    Flow(Box<FlowState>),
-    /// `[B, H, A]`
-    Velocity(Tensor<3>),
 }
 
 /// What segments read beside the state; none of it carries gradients.
@@ -66,7 +62,7 @@ struct Inputs {
     token_keep: Option<Tensor<3>>,
     input_ids: Tensor<2, Int>,
     encoder_bias: Option<Tensor<4>>,
-    content_BS: Tensor<2>,
+    context_BS: Tensor<2>,
     cross_bias: Option<Tensor<4>>,
     frequency_hz: Tensor<1>,
     proprio: Option<Tensor<2>>,
@@ -177,15 +173,18 @@ impl Flower {
         let cameras = obs.images.dims()[1];
         let image_tokens = cameras * self.config().vision.num_tokens();
         let content_BS = self.encoder.content_mask(obs, image_tokens);
+        let context_BS = self
+            .encoder
+            .context_mask(content_BS.clone(), obs.text_mask.clone());
         let encoder_masks = self.encoder_masks(Some(masks));
         Inputs {
             cameras,
             depth_keep: self.encoder.depth_keep(cameras, encoder_masks),
             token_keep: masks.token_keep.clone(),
             input_ids: obs.input_ids.clone(),
-            encoder_bias: self.encoder.bias(content_BS.clone()),
-            cross_bias: self.head.cross_bias(content_BS.clone()),
-            content_BS,
+            encoder_bias: self.encoder.bias(&content_BS),
+            cross_bias: self.head.cross_bias(context_BS.clone()),
+            context_BS,
             frequency_hz: obs.frequency_hz.clone(),
             proprio: obs.proprio.clone(),
             groups: RowGroups::new(&obs.spaces, &obs.images.device()),
@@ -205,13 +204,17 @@ impl Flower {
             cut(blocks, if recomputed { 1 } else { BLOCKS_PER_SEGMENT })
         };
         let mut plan = Vec::new();
-        for stage in 0..tower.blocks.len() {
+        for stage in 0..tower.num_stages() {
             let blocks = tower.first_block(stage)..tower.first_block(stage + 1);
             plan.extend(cut(Part::Vision, blocks).map(Segment::Vision));
         }
         plan.push(Segment::Join);
-        let layers = self.encoder.language_model.encoder.layers.len();
-        plan.extend(cut(Part::Language, 0..layers).map(Segment::Language));
+        let model = &self.encoder.language_model;
+        plan.extend(cut(Part::Language, 0..model.num_layers()).map(Segment::Language));
+        if let Some(decoder) = model.decoder() {
+            plan.push(Segment::Reread);
+            plan.extend(cut(Part::Language, 0..decoder.layers.len()).map(Segment::Decoder));
+        }
         plan.push(Segment::Condition);
         let blocks = self.head.dit.len();
         plan.extend(cut(Part::Flow, 0..blocks).map(Segment::Flow));
@@ -243,6 +246,13 @@ impl Flower {
                 let second = usize::from(kind == "channel_block");
                 Segment::Vision(one(first + 2 * number(pair) + second))
             }
+            ["vlm", "vision_model", "encoder", "layers", layer, ..] => {
+                Segment::Vision(one(number(layer)))
+            }
+            ["vlm", "vision_model", "embeddings", ..] => Segment::Vision(one(0)),
+            ["vlm", "vision_model", ..] => {
+                Segment::Vision(one(self.encoder.vision_tower.num_blocks() - 1))
+            }
             [
                 "vlm",
                 "language_model",
@@ -251,7 +261,21 @@ impl Flower {
                 "layers",
                 layer,
                 ..,
-            ] => Segment::Language(one(number(layer))),
+            ]
+            | ["vlm", "text_model", "layers", layer, ..] => Segment::Language(one(number(layer))),
+            ["vlm", "text_model", "norm", ..] => {
+                Segment::Language(one(self.encoder.language_model.num_layers() - 1))
+            }
+            [
+                "vlm",
+                "language_model",
+                "model",
+                "decoder",
+                "layers",
+                layer,
+                ..,
+            ] => Segment::Decoder(one(number(layer))),
+            ["vlm", "language_model", "model", "decoder", ..] => Segment::Reread,
             ["vlm" | "prompt_embeds", ..] => Segment::Join,
             ["dit", block, ..] => Segment::Flow(one(number(block))),
             ["action_decoders", ..] => Segment::Flow(one(self.head.dit.len() - 1)),
@@ -268,24 +292,39 @@ impl Flower {
             }
             (Segment::Join, State::Map(map)) => {
                 let images = self.encoder.project(map, inputs.cameras);
-                let joined = self.encoder.join(images, inputs.input_ids.clone());
-                let encoder = &self.encoder.language_model.encoder;
-                State::Tokens(encoder.embed(joined, inputs.encoder_dropout))
+                let (joined, words) = self.encoder.join(images, inputs.input_ids.clone());
+                let model = &self.encoder.language_model;
+                State::Tokens(model.embed(joined, inputs.encoder_dropout), words)
             }
-            (Segment::Language(layers), State::Tokens(tokens)) => {
-                let encoder = &self.encoder.language_model.encoder;
+            (Segment::Language(layers), State::Tokens(tokens, words)) => {
+                let model = &self.encoder.language_model;
                 let bias = inputs.encoder_bias.as_ref();
                 let seed = inputs.encoder_dropout;
-                State::Tokens(encoder.run_layers(tokens, bias, seed, layers.clone()))
+                let tokens = model.run_layers(tokens, bias, seed, layers.clone());
+                State::Tokens(tokens, words)
             }
-            (Segment::Condition, State::Tokens(features)) => {
+            (Segment::Reread, State::Tokens(memory_BSD, Some(words))) => State::Decoded(Decoded {
+                words_BTD: self.decoder().embed(words, inputs.encoder_dropout),
+                memory_BSD,
+            }),
+            (Segment::Decoder(layers), State::Decoded(state)) => {
+                let bias = inputs.encoder_bias.as_ref();
+                let seed = inputs.encoder_dropout;
+                let decoder = self.decoder();
+                let state = decoder.run_layers(state, bias, seed, layers.clone());
+                if layers.end < decoder.layers.len() {
+                    return State::Decoded(state);
+                }
+                State::Tokens(state.words_BTD, None)
+            }
+            (Segment::Condition, State::Tokens(features, None)) => {
                 let features = match &inputs.token_keep {
                     Some(keep) => features * keep.clone(),
                     None => features,
                 };
                 let context = self.head.context(Encoded {
                     features_BSC: features,
-                    mask_BS: inputs.content_BS.clone(),
+                    mask_BS: inputs.context_BS.clone(),
                     frequency_hz: inputs.frequency_hz.clone(),
                     proprio_BP: inputs.proprio.clone(),
                     spaces: &inputs.spaces,
@@ -308,6 +347,13 @@ impl Flower {
     }
 }
 
+impl Flower {
+    fn decoder(&self) -> &BartDecoder {
+        let decoder = self.encoder.language_model.decoder();
+        decoder.expect("only plans of models with a decoder have its segments")
+    }
+}
+
 /// Cuts blocks into pieces of `count`.
 fn cut(blocks: Range<usize>, count: usize) -> impl Iterator<Item = Range<usize>> {
     let end = blocks.end;
@@ -321,9 +367,9 @@ impl Segment {
     fn part(&self) -> Option<Part> {
         match self {
             Self::Vision(_) => Some(Part::Vision),
-            Self::Language(_) => Some(Part::Language),
+            Self::Language(_) | Self::Decoder(_) => Some(Part::Language),
             Self::Flow(_) => Some(Part::Flow),
-            Self::Join | Self::Condition => None,
+            Self::Join | Self::Reread | Self::Condition => None,
         }
     }
 
@@ -334,79 +380,11 @@ impl Segment {
         match (self, unit) {
             (Self::Vision(all), Self::Vision(one))
             | (Self::Language(all), Self::Language(one))
+            | (Self::Decoder(all), Self::Decoder(one))
             | (Self::Flow(all), Self::Flow(one)) => covers(all, one),
             _ => self == unit,
         }
     }
-}
-
-impl State {
-    /// Returns which of the tensors gradients lead back from: of a state of one tensor the first.
-    fn tracked(&self) -> [bool; 4] {
-        let first = |tracked| [tracked, false, false, false];
-        match self {
-            Self::Map(map) => first(map.is_tracked()),
-            Self::Tokens(x) | Self::Velocity(x) => first(x.is_tracked()),
-            Self::Flow(state) => [
-                state.x_BTD.is_tracked(),
-                state.context_BSD.is_tracked(),
-                state.cond_BD.is_tracked(),
-                state.global.as_ref().is_some_and(Tensor::is_tracked),
-            ],
-        }
-    }
-
-    /// Returns the values as leaves that keep gradients where `tracked` says so.
-    fn leaves(&self, tracked: [bool; 4]) -> Self {
-        let [x, context, cond, global] = tracked;
-        match self {
-            Self::Map(map) => Self::Map(leaf(map, x)),
-            Self::Tokens(tokens) => Self::Tokens(leaf(tokens, x)),
-            Self::Velocity(velocity) => Self::Velocity(leaf(velocity, x)),
-            Self::Flow(state) => Self::Flow(Box::new(FlowState {
-                x_BTD: leaf(&state.x_BTD, x),
-                context_BSD: leaf(&state.context_BSD, context),
-                cond_BD: leaf(&state.cond_BD, cond),
-                global: state.global.as_ref().map(|x| leaf(x, global)),
-            })),
-        }
-    }
-
-    /// Returns the scalar whose gradient is that of the loss, from the gradients that the
-    /// `leaves` made of this state got; none if no gradient leads back from here.
-    fn root(self, leaves: &Self, grads: &mut Gradients) -> Option<Tensor<1>> {
-        let parts = match (self, leaves) {
-            (Self::Map(map), Self::Map(leaf)) => vec![weighted(map, leaf, grads)],
-            (Self::Tokens(tokens), Self::Tokens(leaf)) => vec![weighted(tokens, leaf, grads)],
-            (Self::Velocity(velocity), Self::Velocity(leaf)) => {
-                vec![weighted(velocity, leaf, grads)]
-            }
-            (Self::Flow(state), Self::Flow(leaf)) => vec![
-                weighted(state.x_BTD, &leaf.x_BTD, grads),
-                weighted(state.context_BSD, &leaf.context_BSD, grads),
-                weighted(state.cond_BD, &leaf.cond_BD, grads),
-                state
-                    .global
-                    .zip(leaf.global.as_ref())
-                    .and_then(|(global, leaf)| weighted(global, leaf, grads)),
-            ],
-            (state, leaves) => unreachable!("{leaves:?} are not the leaves of {state:?}"),
-        };
-        parts.into_iter().flatten().reduce(|sum, part| sum + part)
-    }
-}
-
-fn leaf<const D: usize>(values: &Tensor<D>, tracked: bool) -> Tensor<D> {
-    values.clone().detach().set_require_grad(tracked)
-}
-
-fn weighted<const D: usize>(
-    values: Tensor<D>,
-    leaf: &Tensor<D>,
-    grads: &mut Gradients,
-) -> Option<Tensor<1>> {
-    let grad = leaf.grad_remove(grads)?;
-    Some((values * grad).sum())
 }
 
 impl SegmentedPass {

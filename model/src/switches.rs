@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 use burn::tensor::{Device, Tensor};
 use pollen_core::{ActionSpace, ActionSpaceFile, Seed};
 
-use crate::config::{FlowerConfig, ModulationKind};
+use crate::config::{CrossAttentionMask, FlowerConfig, Fusion, ModulationKind, Part};
 use crate::flower::Flower;
 use crate::observation::{Observation, TrainMasks};
-use crate::testing::{bits, hold_generator, mini, mini_observation, space};
+use crate::testing::{bits, hold_generator, mini, mini_decoder, mini_observation, space};
 
 fn spaces() -> [ActionSpace; 2] {
     [space("eef_delta", 7, 0), space("bimanual_nav", 9, 4)]
@@ -238,6 +238,97 @@ fn proprioception_can_be_hidden() {
             .iter()
             .any(|name| name.starts_with("proprio_encoders."))
     );
+}
+
+/// What of the language layers is left: layers, whether the decoder or its last norm is there, and
+/// the tokens of the context.
+#[track_caller]
+fn assert_fusion(config: &FlowerConfig, layers: usize, behind: bool, context: usize) {
+    let table = config.parameter_table(&spaces()).expect("valid");
+    let ends = |end: &str| table.iter().filter(|spec| spec.name.ends_with(end)).count();
+    let (layer, last) = match config.language.decoder {
+        Some(_) => ("up_proj.weight", "vlm.text_model.norm.weight"),
+        None => (
+            ".self_attn_layer_norm.bias",
+            "vlm.language_model.model.decoder.layernorm_embedding.bias",
+        ),
+    };
+    assert_eq!(ends(layer), layers);
+    assert_eq!(ends(last), usize::from(behind));
+    assert_eq!(config.context_len(4), context);
+    let device = Device::flex();
+    let model = config
+        .init(&spaces(), Seed::new(5), &device)
+        .expect("valid");
+    let obs = mini_observation(&[0, 1], &device);
+    let tokens = model.encode(&obs, None).tokens_BSD;
+    assert_eq!(tokens.dims(), [2, context, config.flow.width]);
+    // The words count, and padding behind them is hidden where the mask is kept.
+    let (_, before, after) = step(config, &observation(2));
+    assert_ne!(before, after);
+    let mut other = observation(2);
+    other.input_ids = other.input_ids + 1;
+    assert_ne!(step(config, &other).1, before);
+}
+
+#[test]
+fn fusion_takes_the_context_before_between_or_behind_the_language_layers() {
+    let mut config = mini();
+    config.cross_attention_mask = CrossAttentionMask::Boolean;
+    config.language.layers = 2;
+    let joined = 2 * config.vision.num_tokens() + 1 + 4;
+    assert_fusion(&config, 2, false, joined);
+    config.fusion = Fusion::Early;
+    assert_fusion(&config, 0, false, joined);
+    config.fusion = Fusion::Late;
+    // Two layers of the encoder and two of the decoder.
+    assert_fusion(&config, 4, true, 4);
+}
+
+#[test]
+fn fusion_drops_the_last_layers_of_a_decoder() {
+    let mut config = mini_decoder();
+    let joined = 2 * 16 + 1 + 4;
+    assert_fusion(&config, 3, false, joined);
+    config.fusion = Fusion::Early;
+    assert_fusion(&config, 0, false, joined);
+    config.fusion = Fusion::Late;
+    assert_fusion(&config, 4, true, joined);
+}
+
+#[test]
+fn variants_of_the_language_layers_are_frozen_and_recomputed_alike() {
+    let mut late = mini();
+    late.fusion = Fusion::Late;
+    late.language.dropout = 0.2;
+    let mut table_frozen = late.clone();
+    table_frozen.frozen = vec!["vlm.language_model.model.shared.".into()];
+    let mut encoder_frozen = late.clone();
+    encoder_frozen.frozen = vec!["vlm.vision".into(), "vlm.image".into()];
+    for config in [late, table_frozen, encoder_frozen, mini_decoder()] {
+        let (plain, _, after) = step(&config, &observation(2));
+        let mut again = config.clone();
+        again.recompute = [Part::Vision, Part::Language, Part::Flow].into();
+        let (recomputed, _, after_again) = step(&again, &observation(2));
+        assert_eq!(plain, recomputed);
+        assert_eq!(after, after_again);
+    }
+}
+
+#[test]
+fn a_tower_without_its_decoder_is_refused() {
+    let mut config = mini_decoder();
+    config.language.decoder = None;
+    config.vision.image_size = 36;
+    let faults = config.validate().join("; ");
+    assert!(faults.contains("give both or neither"), "{faults}");
+    assert!(faults.contains("multiple of 8 pixels"), "{faults}");
+    let mut config = mini_decoder();
+    config.language.dropout = 0.1;
+    config.vision.window = 12;
+    let faults = config.validate().join("; ");
+    assert!(faults.contains("language.dropout"), "{faults}");
+    assert!(faults.contains("neither groups, window"), "{faults}");
 }
 
 /// Every file of `configs/embodiments` in one model: a new action space is a file and nothing else.

@@ -6,7 +6,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 use pollen_core::action_space::{ActionDim, Normalize};
 use pollen_core::{ActionSpace, Seed};
 
-use crate::config::FlowerConfig;
+use crate::config::{DecoderConfig, FlowerConfig, SiglipConfig, VisionConfig};
 use crate::observation::Observation;
 
 /// Reads `configs/model/<name>`.
@@ -60,6 +60,35 @@ pub(crate) fn mini() -> FlowerConfig {
     config.flow.layers = 2;
     config.flow.modulation_rank = 4;
     config.flow.action_horizon = 3;
+    config
+}
+
+/// Returns [`mini`] with a decoder-only vision-language model of four layers.
+pub(crate) fn mini_decoder() -> FlowerConfig {
+    let mut config = mini();
+    config.vision = VisionConfig {
+        image_size: 32,
+        dims: vec![8],
+        heads: vec![2],
+        groups: Vec::new(),
+        depths: vec![2],
+        window: 0,
+        stochastic_depth: 0.0,
+        siglip: Some(SiglipConfig {
+            patch: 4,
+            ffn: 12,
+            pixel_shuffle: 2,
+            norm_eps: 1e-6,
+        }),
+    };
+    config.language.layers = 4;
+    config.language.decoder = Some(DecoderConfig {
+        kv_heads: 1,
+        head_dim: 6,
+        rope_theta: 100.0,
+        norm_eps: 1e-5,
+        dropped_share: 0.3,
+    });
     config
 }
 

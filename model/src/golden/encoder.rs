@@ -7,7 +7,7 @@ use crate::attention::hide;
 use crate::config::{LanguageConfig, VisionConfig};
 use crate::language::TextEncoder;
 use crate::parameters::ParameterTable;
-use crate::vision::{BranchKeep, ImageProjection, VisionTower, frame_position};
+use crate::vision::{BranchKeep, ImageProjection, VisionTower, channels_last, frame_position};
 use crate::weights::Weights;
 
 impl Golden {
@@ -21,6 +21,7 @@ impl Golden {
             depths: self.sizes("depths"),
             window: self.size("window"),
             stochastic_depth: 0.0,
+            siglip: None,
         }
     }
 
@@ -34,6 +35,7 @@ impl Golden {
             vocab_size: self.shape("weight.vlm.language_model.model.shared.weight")[0],
             max_positions: self.size("maxpos"),
             dropout: 0.0,
+            decoder: None,
         }
     }
 
@@ -77,7 +79,8 @@ fn check_tower(name: &str) {
         }
         golden.output(&format!("stage{stage}"), channels_first(x.clone()));
     }
-    let map = tower.forward(images, None);
+    let blocks = 0..tower.first_block(config.depths.len());
+    let map = tower.run_blocks(channels_last(images), None, blocks);
     golden.output("feature_map", channels_first(map.clone()));
     let tokens = projection.forward(map);
     assert_eq!(tokens.dims()[1], config.num_tokens());

@@ -4,7 +4,7 @@ use burn::tensor::{Device, Tensor};
 
 use super::flow::{FINETUNE_HZ, finetune_space, unpad};
 use super::{Golden, pad};
-use crate::config::{CrossAttentionMask, EncoderMask, FlowerConfig, TokenOrder};
+use crate::config::{CrossAttentionMask, EncoderMask, FlowerConfig, Fusion, TokenOrder};
 use crate::flower::Flower;
 use crate::observation::Observation;
 use crate::parameters::ParameterTable;
@@ -18,6 +18,7 @@ fn model(golden: &Golden, device: &Device) -> Flower {
         encoder_mask: EncoderMask::TextAndFlow,
         cross_attention_mask: CrossAttentionMask::Additive,
         token_dropout: 0.0,
+        fusion: Fusion::Intermediate,
         proprioception: true,
         frozen: Vec::new(),
         recompute: [].into(),
@@ -74,9 +75,12 @@ fn golden_joined() {
     golden.output("image_tokens", images.clone());
     let content = model.encoder.content_mask(&obs, images.dims()[1]);
     golden.output("encoder_mask", content.clone());
-    let joined = model.encoder.join(images, obs.input_ids.clone());
+    let (joined, _) = model.encoder.join(images, obs.input_ids.clone());
     golden.output("merged_embeds", joined.clone());
-    golden.output("features", model.encoder.encode(joined, content, None));
+    golden.output(
+        "features",
+        model.encoder.encode(joined, None, &content, None),
+    );
     let noise = input("sample_noise");
     let sampled = model.sample(&model.encode(&obs, None), noise, steps);
     golden.output("sampled_actions", sampled);
@@ -113,10 +117,10 @@ fn check_finetune(golden: &Golden, model: Flower, pretrain: &Observation, device
     };
     let images = model.encoder.image_tokens(obs.images.clone(), None);
     let content = model.encoder.content_mask(&obs, images.dims()[1]);
-    let joined = model.encoder.join(images, obs.input_ids.clone());
+    let (joined, _) = model.encoder.join(images, obs.input_ids.clone());
     golden.output(
         "finetune_features",
-        model.encoder.encode(joined, content, None),
+        model.encoder.encode(joined, None, &content, None),
     );
 
     let input = |name: &str| {

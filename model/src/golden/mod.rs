@@ -4,6 +4,7 @@
 mod encoder;
 mod flow;
 mod joined;
+mod transformers;
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};

@@ -72,11 +72,7 @@ impl WindowAttention {
             v = Tensor::cat(vec![v, value], 2);
             bias = Some(logit);
         }
-        let dropped = Dropped {
-            rate: 0.0,
-            train: false,
-        };
-        attend(q, k, v, bias, dropped)
+        attend(q, k, v, bias, Dropped::NEVER)
             .swap_dims(1, 2)
             .reshape([batch, rows, columns, side, across, channels / 3])
             .swap_dims(2, 3)

@@ -4,6 +4,7 @@
 
 mod attention;
 mod block;
+mod siglip;
 
 use std::ops::Range;
 
@@ -15,6 +16,8 @@ use crate::config::{VisionConfig, patch_geometry};
 use crate::layers::{Conv2d, Embedding, LayerNorm};
 use crate::weights::Weights;
 use block::{ChannelBlock, SpatialBlock};
+pub(crate) use siglip::{CONNECTOR, SIGLIP};
+use siglip::{Connector, SiglipTower};
 
 /// Patch convolution of a stage with its norm: before it, but after it in the first stage.
 #[derive(Module, Debug)]
@@ -112,20 +115,9 @@ impl VisionTower {
         }
     }
 
-    /// Returns the number of blocks, spatial and channel ones.
-    pub(crate) fn num_blocks(&self) -> usize {
-        2 * self.blocks.iter().map(Vec::len).sum::<usize>()
-    }
-
     /// Returns the number of the first block of a stage.
     pub(crate) fn first_block(&self, stage: usize) -> usize {
         2 * self.blocks[..stage].iter().map(Vec::len).sum::<usize>()
-    }
-
-    /// # Shapes
-    /// `[B, 3, S, S] -> [B, H, W, C]`
-    pub(crate) fn forward(&self, images: Tensor<4>, keep: Option<&DepthKeep>) -> Tensor<4> {
-        self.run_blocks(channels_last(images), keep, 0..self.num_blocks())
     }
 
     /// Runs some of the blocks, counted through all stages; the patch convolution of a stage
@@ -158,6 +150,91 @@ impl VisionTower {
             }
         }
         x_BHWC
+    }
+}
+
+/// The image tower of either kind.
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a model has one of them")]
+pub(crate) enum ImageTower {
+    Davit(VisionTower),
+    Siglip(SiglipTower),
+}
+
+impl ImageTower {
+    pub(crate) fn new(weights: &mut Weights, config: &VisionConfig) -> Self {
+        match &config.siglip {
+            Some(siglip) => Self::Siglip(SiglipTower::new(weights, config, siglip)),
+            None => Self::Davit(VisionTower::new(weights, config)),
+        }
+    }
+
+    pub(crate) fn num_stages(&self) -> usize {
+        match self {
+            Self::Davit(tower) => tower.blocks.len(),
+            Self::Siglip(_) => 1,
+        }
+    }
+
+    /// Returns the number of the first block of a stage, or of all blocks for the stage behind
+    /// the last.
+    pub(crate) fn first_block(&self, stage: usize) -> usize {
+        match self {
+            Self::Davit(tower) => tower.first_block(stage),
+            Self::Siglip(tower) => stage * tower.layers.len(),
+        }
+    }
+
+    pub(crate) fn num_blocks(&self) -> usize {
+        self.first_block(self.num_stages())
+    }
+
+    /// Runs some of the blocks; SigLIP has no stochastic depth.
+    ///
+    /// # Shapes
+    /// `[B, H, W, C] -> [B, H', W', C']`
+    pub(crate) fn run_blocks(
+        &self,
+        x_BHWC: Tensor<4>,
+        keep: Option<&DepthKeep>,
+        range: Range<usize>,
+    ) -> Tensor<4> {
+        match self {
+            Self::Davit(tower) => tower.run_blocks(x_BHWC, keep, range),
+            Self::Siglip(tower) => tower.run_layers(x_BHWC, range),
+        }
+    }
+
+    /// # Shapes
+    /// `[B, 3, S, S] -> [B, H, W, C]`
+    pub(crate) fn forward(&self, images: Tensor<4>, keep: Option<&DepthKeep>) -> Tensor<4> {
+        self.run_blocks(channels_last(images), keep, 0..self.num_blocks())
+    }
+}
+
+/// From a feature map to tokens, for either kind of tower.
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "a model has one of them")]
+pub(crate) enum Projection {
+    Florence(ImageProjection),
+    Connector(Connector),
+}
+
+impl Projection {
+    pub(crate) fn new(weights: &mut Weights, config: &VisionConfig) -> Self {
+        match &config.siglip {
+            Some(siglip) => Self::Connector(Connector::new(weights, siglip.pixel_shuffle)),
+            None => Self::Florence(ImageProjection::new(weights)),
+        }
+    }
+
+    /// # Shapes
+    /// `[B, H, W, C] -> [B, tokens, D]`
+    pub(crate) fn forward(&self, x_BHWC: Tensor<4>) -> Tensor<3> {
+        match self {
+            Self::Florence(projection) => projection.forward(x_BHWC),
+            Self::Connector(connector) => connector.forward(x_BHWC),
+        }
     }
 }
 
