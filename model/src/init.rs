@@ -2,7 +2,7 @@
 
 use pollen_core::Seed;
 
-use crate::parameters::{Init, LLAMA_TOKENS, ParameterSpec, ParameterTable, TOKEN_TABLE};
+use crate::parameters::{Init, ParameterSpec, ParameterTable};
 
 /// Draws the values of one parameter.
 pub(crate) fn draw(spec: &ParameterSpec, table: &ParameterTable, seed: Seed) -> Vec<f32> {
@@ -23,9 +23,8 @@ pub(crate) fn draw(spec: &ParameterSpec, table: &ParameterTable, seed: Seed) -> 
             }
         }
         Init::MeanToken => {
-            let tokens = [TOKEN_TABLE, LLAMA_TOKENS]
-                .into_iter()
-                .find_map(|name| table.get(name))
+            let tokens = table
+                .token_table()
                 .expect("a model with a prompt vector has a token table");
             mean_rows(&draw(tokens, table, seed), &mut values);
         }

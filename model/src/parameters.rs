@@ -111,6 +111,11 @@ impl ParameterTable {
         self.specs.get(name)
     }
 
+    /// Returns the token table, whose mean row is the first prompt vector; none in a table of parts.
+    pub fn token_table(&self) -> Option<&ParameterSpec> {
+        self.get(TOKEN_TABLE).or_else(|| self.get(LLAMA_TOKENS))
+    }
+
     /// Returns the number of parameter values; the prompt vector is a constant and not counted.
     pub fn count(&self) -> usize {
         self.summary().iter().map(|(_, count)| count).sum()

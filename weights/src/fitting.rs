@@ -114,8 +114,13 @@ impl Fitting<'_> {
             }
         }
         self.missing(&missing);
+        let decoder_only = self.config.language.decoder.is_some();
         for (name, keys) in std::mem::take(&mut self.sources) {
             for (key, _) in keys {
+                if let Some(reason) = names::dropped(&name, decoder_only) {
+                    self.fit.report.add(Outcome::Unused, &key, "", reason);
+                    continue;
+                }
                 let allowed = self.options.allow_unexpected.iter();
                 let mut allowed = allowed.map(String::as_str);
                 let reason = "the recipe's model has no such parameter";
@@ -237,7 +242,8 @@ impl Fitting<'_> {
         if self.fit.parts.contains_key(PROMPT) || is_named(PROMPT, &self.options.allow_missing) {
             return;
         }
-        let own = match self.fit.parts.get(TOKEN_TABLE) {
+        let table = self.fit.table.token_table();
+        let own = match table.and_then(|table| self.fit.parts.get(&table.name)) {
             Some(Part::Copy(key) | Part::Tokens(key)) => Some(key.clone()),
             _ => None,
         };

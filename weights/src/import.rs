@@ -1,6 +1,6 @@
 //! Writes a fitted source under canonical names, as f32.
 
-use pollen_model::{PROMPT, TOKEN_TABLE};
+use pollen_model::PROMPT;
 use pollen_storage::Storage;
 use safetensors::Dtype;
 
@@ -60,7 +60,8 @@ impl Values for Fitted<'_> {
     async fn values(&self, name: &str) -> Result<Vec<f32>> {
         let shape = self.shape(name);
         let words = || {
-            let table = self.shape(TOKEN_TABLE);
+            let table = self.fit.table.token_table();
+            let table = &table.expect("every model has a token table").shape;
             (table[0] - 1, table[1])
         };
         match &self.fit.parts[name] {

@@ -157,8 +157,8 @@ fn flower(name: &str) -> Meaning {
         if rest == "encoder.embed_tokens.weight" {
             return parameter(pollen_model::TOKEN_TABLE.into());
         }
-        if rest.starts_with("decoder.") {
-            return Meaning::Unused(DECODER);
+        if rest == "decoder.embed_tokens.weight" {
+            return Meaning::Unused(DECODER_TABLE);
         }
     }
     match name.as_str() {
@@ -175,10 +175,23 @@ fn flower(name: &str) -> Meaning {
     }
 }
 
-const DECODER: &str = "the text decoder is no part of FLOWER";
+const DECODER_TABLE: &str = "the decoder's copy of the token table";
 const LM_HEAD: &str = "the language-model head is no part of FLOWER";
 const LOGITS: &str = "a bias of the language-model head, which is no part of FLOWER";
 const CLASSIFIER: &str = "a part of the image classifier, which Florence-2 does not use";
+
+/// Says why a parameter of a published vision-language model has no place in the recipe's model, if
+/// its fusion drops it.
+pub(crate) fn dropped(name: &str, decoder_only: bool) -> Option<&'static str> {
+    let layer = name.starts_with("vlm.text_model.layers.") || name == "vlm.text_model.norm.weight";
+    if decoder_only && layer {
+        Some("a language layer that model.fusion drops")
+    } else if !decoder_only && name.starts_with("vlm.language_model.model.decoder.") {
+        Some("a part of the text decoder, which model.fusion drops")
+    } else {
+        None
+    }
+}
 
 /// Reads a name of `transformers`, without its leading `model.`.
 fn transformers(name: &str) -> Meaning {
@@ -376,7 +389,6 @@ mod tests {
     #[test]
     fn what_flower_leaves_out_is_known() {
         for key in [
-            "language_model.model.decoder.layers.0.fc1.weight",
             "model.language_model.decoder.embed_tokens.weight",
             "language_model.lm_head.weight",
             "lm_head.weight",

@@ -2,6 +2,7 @@
 
 mod bad_input;
 mod export_round_trip;
+mod fusion;
 mod sources;
 
 use std::collections::BTreeMap;
