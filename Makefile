@@ -8,6 +8,7 @@
 RECIPE ?= demo
 STEPS ?=
 SET ?=
+CORPUS ?=
 
 CARGO ?= cargo
 TARGET := $(or $(CARGO_TARGET_DIR),target)
@@ -15,7 +16,7 @@ POLLEN := $(TARGET)/debug/pollen
 OVERRIDES := $(foreach pair,$(SET),--set '$(pair)') $(if $(STEPS),--set train.steps=$(STEPS))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup build pretrain plan test test-interop lint fmt demo-data
+.PHONY: help setup build pretrain plan test test-interop bench-loader lint fmt demo-data
 
 help: ## Lists the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -39,6 +40,11 @@ test: setup ## Runs all tests: units, golden vectors, two workers killed and res
 test-interop: setup build ## Opens what Pollen writes with the real Python packages (downloads gigabytes)
 	@scripts/test-interop-lerobot.sh $(POLLEN)
 	@scripts/test-interop-weights.sh $(POLLEN)
+
+bench-loader: ## Measures the loader on CORPUS, made by benches/loader/prepare.py (needs cmake and nasm)
+	@test -n "$(CORPUS)" || { echo 'set CORPUS to a folder or URL, see docs/benchmarks.md' >&2; exit 2; }
+	@$(CARGO) build --locked --release -p pollen-dataloader --example bench_loader --features pollen-dataloader/turbo
+	@$(TARGET)/release/examples/bench_loader --data $(CORPUS)
 
 lint: ## Checks formatting, lints, documentation and the repository's own rules
 	@$(CARGO) fmt --all --check

@@ -364,7 +364,7 @@ impl Data {
                 let decoded = decode_jpeg(bytes, dataset.image_size(image)).map_err(bad)?;
                 let resized = self
                     .resizer
-                    .resize_square(&decoded)
+                    .resize_square(decoded)
                     .map_err(|e| bad(e.to_string()))?;
                 let Some(seed) = seed else {
                     return Ok(Some(resized));

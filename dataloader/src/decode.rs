@@ -6,10 +6,6 @@ use std::thread::JoinHandle;
 
 use pollen_core::no_panic;
 use pollen_processing::Image;
-use zune_core::bytestream::ZCursor;
-use zune_core::colorspace::ColorSpace;
-use zune_core::options::DecoderOptions;
-use zune_jpeg::JpegDecoder;
 
 /// Longest side of a frame; a larger one is taken for a broken header.
 const MAX_SIDE: usize = 8192;
@@ -29,32 +25,85 @@ pub fn decode_jpeg(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, 
     no_panic(|| decode_rgb(bytes, size), |said| said)
 }
 
+/// Refuses what does not fit what `info.json` promises, before any pixel is decoded.
+fn check_header(
+    (height, width): (usize, usize),
+    components: u8,
+    size: Option<(usize, usize)>,
+) -> Result<(), String> {
+    if components != 3 {
+        return Err(format!(
+            "the JPEG has {components} colour components in place of 3"
+        ));
+    }
+    if height > MAX_SIDE || width > MAX_SIDE {
+        return Err(format!(
+            "the JPEG is {height} x {width}; the limit is {MAX_SIDE}"
+        ));
+    }
+    match size {
+        Some((h, w)) if (h, w) != (height, width) => Err(format!(
+            "the JPEG is {height} x {width}, info.json says {h} x {w}"
+        )),
+        _ => Ok(()),
+    }
+}
+
+#[cfg(not(feature = "turbo"))]
 fn decode_rgb(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, String> {
+    use zune_core::bytestream::ZCursor;
+    use zune_core::colorspace::ColorSpace;
+    use zune_core::options::DecoderOptions;
     let failed = |error| format!("the JPEG cannot be decoded: {error:?}");
     // Strict: a file that ends early is an error and not a grey area.
     let options = DecoderOptions::default()
         .set_strict_mode(true)
         .set_max_width(MAX_SIDE)
         .set_max_height(MAX_SIDE)
-        .jpeg_set_out_colorspace(ColorSpace::RGB);
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+        .jpeg_set_out_colorspace(ColorSpace::RGBA);
+    let mut decoder = zune_jpeg::JpegDecoder::new_with_options(ZCursor::new(bytes), options);
     decoder.decode_headers().map_err(failed)?;
     let info = decoder.info().ok_or("the JPEG has no frame header")?;
     let (height, width) = (usize::from(info.height), usize::from(info.width));
-    if info.components != 3 {
-        return Err(format!(
-            "the JPEG has {} colour components in place of 3",
-            info.components
-        ));
-    }
-    if size.is_some_and(|size| size != (height, width)) {
-        let (h, w) = size.unwrap_or_default();
-        return Err(format!(
-            "the JPEG is {height} x {width}, info.json says {h} x {w}"
-        ));
-    }
+    check_header((height, width), info.components, size)?;
     let pixels = decoder.decode().map_err(failed)?;
-    Image::from_interleaved(height, width, &pixels).map_err(|e| e.to_string())
+    Image::from_padded(height, width, &pixels).map_err(|e| e.to_string())
+}
+
+#[cfg(feature = "turbo")]
+fn decode_rgb(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, String> {
+    use std::cell::RefCell;
+    use turbojpeg::{Colorspace, Decompressor, PixelFormat};
+    thread_local! {
+        // Making a decompressor costs as much as a small image.
+        static OWN: RefCell<Option<(Decompressor, Vec<u8>)>> = const { RefCell::new(None) };
+    }
+    let failed = |error: turbojpeg::Error| format!("the JPEG cannot be decoded: {error}");
+    OWN.with_borrow_mut(|own| {
+        let (decompressor, pixels) = match own {
+            Some(own) => own,
+            none => none.insert((Decompressor::new().map_err(failed)?, Vec::new())),
+        };
+        let header = decompressor.read_header(bytes).map_err(failed)?;
+        let (height, width) = (header.height, header.width);
+        let components = match header.colorspace {
+            Colorspace::YCbCr | Colorspace::RGB => 3,
+            Colorspace::Gray => 1,
+            Colorspace::CMYK | Colorspace::YCCK => 4,
+        };
+        check_header((height, width), components, size)?;
+        pixels.resize(4 * height * width, 0);
+        let image = turbojpeg::Image {
+            pixels: &mut pixels[..],
+            width,
+            pitch: 4 * width,
+            height,
+            format: PixelFormat::RGBX,
+        };
+        // A file that ends early is a warning to the library and an error here.
+        decompressor.decompress(bytes, image).map_err(failed)?;
+        Image::from_padded(height, width, pixels).map_err(|e| e.to_string())
+    })
 }
 
 pub(crate) type Job = Box<dyn FnOnce() + Send>;

@@ -30,7 +30,7 @@
 //! # fn main() -> Result<(), pollen_processing::Error> {
 //! let decoded = vec![128; 96 * 96 * 3];
 //! let image = Image::from_interleaved(96, 96, &decoded)?;
-//! let image = Resizer::new(ResizeKind::BilinearShortSide, 64).resize_square(&image)?;
+//! let image = Resizer::new(ResizeKind::BilinearShortSide, 64).resize_square(image)?;
 //! let image = Augmentation::RandomShift { pad: 3 }.apply(image, &mut Seed::new(1).draws());
 //! assert_eq!(image.planes().len(), 3 * 64 * 64);
 //! # Ok(())

@@ -61,6 +61,28 @@ impl Image {
         })
     }
 
+    /// Takes pixels [height, width, 4] apart, red, green, blue and a byte that is ignored: faster than
+    /// three bytes each, because every pixel is a word.
+    pub fn from_padded(height: usize, width: usize, pixels: &[u8]) -> Result<Self, Error> {
+        let words = pixels.as_chunks::<4>().0;
+        let of_three = if pixels.len().is_multiple_of(4) {
+            3 * words.len()
+        } else {
+            0
+        };
+        check(height, width, of_three)?;
+        let mut data = Vec::with_capacity(of_three);
+        for shift in [0, 8, 16] {
+            let plane = words.iter().map(|word| u32::from_le_bytes(*word) >> shift);
+            data.extend(plane.map(|value| value as u8));
+        }
+        Ok(Self {
+            height,
+            width,
+            data,
+        })
+    }
+
     /// Returns the all-zero image that stands for a missing camera.
     pub fn black(side: usize) -> Self {
         Self {
@@ -151,6 +173,11 @@ mod tests {
     fn interleaved_pixels_become_planes() {
         let image = Image::from_interleaved(1, 2, &[1, 2, 3, 4, 5, 6]).expect("sizes fit");
         assert_eq!(image.planes(), [1, 4, 2, 5, 3, 6]);
+        let padded = Image::from_padded(1, 2, &[1, 2, 3, 9, 4, 5, 6, 9]).expect("sizes fit");
+        assert_eq!(padded, image);
+        for len in [7, 9, 12] {
+            assert!(Image::from_padded(1, 2, &vec![0; len]).is_err(), "{len}");
+        }
         let error = Image::from_interleaved(2, 2, &[0; 6]).expect_err("too short");
         assert_eq!(error.to_string(), "an image of 2 x 2 has 12 bytes, not 6");
         assert!(Image::from_planes(0, 4, Vec::new()).is_err(), "no pixels");

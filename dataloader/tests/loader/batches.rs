@@ -88,7 +88,7 @@ fn check(batch: &HostBatch, specs: &[Spec], data: &Data, mask_padding: bool) {
             if present {
                 let number = (sample.frame + 5 * camera as u64) % spec.jpegs.len() as u64;
                 let decoded = decode_jpeg(&spec.jpegs[number as usize], Some((96, 96))).unwrap();
-                let expected = resizer.resize_square(&decoded).unwrap();
+                let expected = resizer.resize_square(decoded).unwrap();
                 assert_eq!(image, expected.planes());
             } else {
                 assert!(image.iter().all(|&byte| byte == 0));
