@@ -37,7 +37,8 @@ plan: build ## Prints what RECIPE would do and cost, without starting it
 test: setup ## Runs all tests: units, golden vectors, two workers killed and resumed
 	@$(CARGO) test --locked --workspace --features pollen-cli/faults
 
-test-interop: setup build ## Opens what Pollen writes with the real Python packages (downloads gigabytes)
+test-interop: setup build ## Runs on moto and Azurite; opens what Pollen writes with real Python packages (gigabytes)
+	@scripts/test-interop-storage.sh
 	@scripts/test-interop-lerobot.sh $(POLLEN)
 	@scripts/test-interop-weights.sh $(POLLEN)
 

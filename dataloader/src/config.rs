@@ -13,7 +13,8 @@ use crate::error::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// URL of the folder that holds the datasets: `s3://bucket/prefix`, `file:///path`.
+    /// URL of the folder that holds the datasets: `s3://bucket/prefix`, `az://container/prefix`,
+    /// `gs://bucket/prefix`, `file:///path`, or `https://host/folder` to read only.
     pub root: String,
     /// Datasets by name. The mixture takes them in the order of their names.
     pub datasets: BTreeMap<String, DatasetConfig>,

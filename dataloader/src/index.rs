@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use futures::StreamExt;
 use parquet::arrow::arrow_reader::ArrowReaderMetadata;
-use pollen_storage::{ObjectInfo, Storage};
+use pollen_storage::Storage;
 use sha2::{Digest, Sha256};
 
 use crate::columns::{ColumnNames, Columns, read_columns};
 use crate::error::{Error, Result};
-use crate::lerobot::{Episode, Metadata, read_episodes, read_metadata};
+use crate::lerobot::{Episode, Metadata, StoredFile, parquet_files, read_episodes, read_metadata};
 use crate::parquet_file::{FileName, read_footer, row_group_range};
 use crate::sidecar::{
     DataFile, RowGroup, SIDECAR_PATH, SIDECAR_VERSION, Sidecar, dataset_hash, hex,
@@ -187,15 +187,8 @@ async fn load_statistics(
     Ok(taken)
 }
 
-async fn data_files(storage: &Storage, dataset: &str) -> Result<Vec<ObjectInfo>> {
-    let mut objects = storage
-        .list("data")
-        .await
-        .map_err(|source| Error::Storage {
-            dataset: dataset.into(),
-            source,
-        })?;
-    objects.retain(|object| object.path.ends_with(".parquet"));
+async fn data_files(storage: &Storage, dataset: &str) -> Result<Vec<StoredFile>> {
+    let objects = parquet_files(storage, dataset, "data").await?;
     if objects.is_empty() {
         return Err(Error::File {
             dataset: dataset.into(),
@@ -207,7 +200,7 @@ async fn data_files(storage: &Storage, dataset: &str) -> Result<Vec<ObjectInfo>>
 }
 
 /// Names the local copy after all that the listing shows, so that a stale one is not found.
-fn local_path(index_dir: &Path, url: &str, dataset: &str, objects: &[ObjectInfo]) -> PathBuf {
+fn local_path(index_dir: &Path, url: &str, dataset: &str, objects: &[StoredFile]) -> PathBuf {
     let mut hash = Sha256::new();
     hash.update(url.as_bytes());
     for object in objects {
@@ -221,7 +214,7 @@ fn check_unchanged(
     dataset: &str,
     sidecar: &Sidecar,
     metadata: &Metadata,
-    objects: &[ObjectInfo],
+    objects: &[StoredFile],
 ) -> Result<()> {
     let changed = |reason: String| {
         Err(Error::Changed {

@@ -95,19 +95,56 @@ pub(crate) async fn read_metadata(storage: &Storage, dataset: &str) -> Result<Me
 /// Reads the table of episodes, in the order of their numbers.
 pub(crate) async fn read_episodes(storage: &Storage, dataset: &str) -> Result<Vec<Episode>> {
     let mut episodes = Vec::new();
-    let listing = storage
-        .list("meta/episodes")
-        .await
-        .map_err(|source| file(dataset, "meta/episodes").failed(source))?;
-    for object in listing {
-        if object.path.ends_with(".parquet") {
-            let name = file(dataset, &object.path);
-            let bytes = get(storage, &name).await?;
-            episodes.extend(parse_episodes(bytes, &name)?);
-        }
+    for object in parquet_files(storage, dataset, "meta/episodes").await? {
+        let name = file(dataset, &object.path);
+        let bytes = get(storage, &name).await?;
+        episodes.extend(parse_episodes(bytes, &name)?);
     }
     episodes.sort_by_key(|episode| episode.episode);
     Ok(episodes)
+}
+
+/// A file of a dataset and its size.
+#[derive(Debug)]
+pub(crate) struct StoredFile {
+    pub(crate) path: String,
+    pub(crate) size: u64,
+}
+
+/// Lists the Parquet files below a folder of the dataset, in order of their paths.
+pub(crate) async fn parquet_files(
+    storage: &Storage,
+    dataset: &str,
+    folder: &str,
+) -> Result<Vec<StoredFile>> {
+    let failed = |source| file(dataset, folder).failed(source);
+    if storage.can_list() {
+        let objects = storage.list(folder).await.map_err(failed)?.into_iter();
+        let files = objects.map(|object| StoredFile {
+            path: object.path,
+            size: object.size,
+        });
+        return Ok(files
+            .filter(|file| file.path.ends_with(".parquet"))
+            .collect());
+    }
+    // LeRobot numbers chunks and files from 0 without holes.
+    let mut objects = Vec::new();
+    for chunk in 0.. {
+        let before = objects.len();
+        for number in 0.. {
+            let path = format!("{folder}/chunk-{chunk:03}/file-{number:03}.parquet");
+            match storage.head(&path).await {
+                Ok(size) => objects.push(StoredFile { path, size }),
+                Err(error) if error.is_not_found() => break,
+                Err(error) => return Err(failed(error)),
+            }
+        }
+        if objects.len() == before {
+            break;
+        }
+    }
+    Ok(objects)
 }
 
 fn file(dataset: &str, path: &str) -> FileName {

@@ -11,6 +11,7 @@ use object_store::multipart::MultipartStore;
 use object_store::path::Path;
 use object_store::{ClientOptions, ObjectStore, RetryConfig};
 
+use crate::clouds;
 use crate::config::StorageConfig;
 use crate::error::{Error, Result};
 use crate::location::Location;
@@ -18,12 +19,26 @@ use crate::location::Location;
 /// What kind of store it is, where that matters.
 #[derive(Clone, Debug)]
 pub(crate) enum Kind {
-    /// A bucket at an endpoint.
-    S3 { bucket: String, endpoint: String },
+    /// A bucket, or a container, at an endpoint.
+    Bucket {
+        service: Service,
+        bucket: String,
+        endpoint: String,
+    },
     /// Folders.
     File,
+    /// A web server: neither writes nor listings.
+    Web,
     /// Anything else.
     Other,
+}
+
+/// Whose bucket it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Service {
+    S3,
+    Azure,
+    Google,
 }
 
 /// An open store and what its trait object hides.
@@ -52,6 +67,13 @@ impl Backend {
     ) -> Result<(Self, Path)> {
         match location {
             Location::S3 { bucket, prefix } => Ok((s3(&bucket, config, variables)?, prefix)),
+            Location::Azure { container, prefix } => {
+                Ok((clouds::azure(&container, config, variables)?, prefix))
+            }
+            Location::Google { bucket, prefix } => {
+                Ok((clouds::google(&bucket, config, variables)?, prefix))
+            }
+            Location::Web { base, prefix } => Ok((clouds::web(&base, config)?, prefix)),
             Location::File { prefix } => {
                 // The root is `/`, so that a folder need not exist to be named.
                 let store = LocalFileSystem::new().with_fsync(true);
@@ -119,26 +141,13 @@ fn s3(
             "set both AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or neither".into(),
         ));
     }
-    // The time limit is ours, around each attempt: it knows the size of the body.
-    let client = ClientOptions::new()
-        .with_allow_http(
-            endpoint
-                .as_deref()
-                .is_some_and(|url| url.starts_with("http://")),
-        )
-        .with_connect_timeout(config.request_timeout.min(Duration::from_secs(5)))
-        .with_timeout_disabled();
     let region = get(AmazonS3ConfigKey::Region).unwrap_or_else(|| "us-east-1".into());
     let store = builder
         .with_bucket_name(bucket)
         .with_region(&region)
-        .with_client_options(client)
+        .with_client_options(client_options(config, endpoint.as_deref()))
         .with_conditional_put(S3ConditionalPut::ETagMatch)
-        // Retries are ours: counted, reported, and never of a conditional write.
-        .with_retry(RetryConfig {
-            max_retries: 0,
-            ..RetryConfig::default()
-        })
+        .with_retry(no_retries())
         .build()
         .map_err(|error| invalid(format!("{error}: check the AWS_* variables")))?;
     let store = Arc::new(store);
@@ -146,9 +155,27 @@ fn s3(
         store: Arc::clone(&store) as Arc<dyn ObjectStore>,
         parts: Some(store),
         base: url,
-        kind: Kind::S3 {
+        kind: Kind::Bucket {
+            service: Service::S3,
             bucket: bucket.into(),
             endpoint: endpoint.unwrap_or_else(|| format!("https://s3.{region}.amazonaws.com")),
         },
     })
+}
+
+/// Returns the client's settings for an endpoint.
+pub(crate) fn client_options(config: &StorageConfig, endpoint: Option<&str>) -> ClientOptions {
+    // The time limit is ours, around each attempt: it knows the size of the body.
+    ClientOptions::new()
+        .with_allow_http(endpoint.is_some_and(|url| url.starts_with("http://")))
+        .with_connect_timeout(config.request_timeout.min(Duration::from_secs(5)))
+        .with_timeout_disabled()
+}
+
+/// Retries are ours: counted, reported, and never of a conditional write.
+pub(crate) fn no_retries() -> RetryConfig {
+    RetryConfig {
+        max_retries: 0,
+        ..RetryConfig::default()
+    }
 }

@@ -1,7 +1,9 @@
 //! Object storage behind one handle: URLs, retries that are counted and reported, request limits.
 //!
-//! The same calls reach S3 and what speaks like it (`s3://bucket/prefix`), folders (`file:///...`
-//! or a plain path) and process memory (`memory:///name`, for tests).
+//! The same calls reach S3 and what speaks like it (`s3://bucket/prefix`), Azure
+//! (`az://container/prefix`), Google Cloud Storage (`gs://bucket/prefix`), folders (`file:///...` or a
+//! plain path), web servers (`http://` and `https://`, to read only) and process memory
+//! (`memory:///name`, for tests).
 //!
 //! ```text
 //! url --Location--> Backend --+
@@ -14,7 +16,8 @@
 //!
 //! | module | job |
 //! |---|---|
-//! | `backend` | opens the store a URL names, credentials from `AWS_*` variables |
+//! | `backend` | opens the store a URL names; S3 credentials from `AWS_*` variables |
+//! | `clouds` | Azure, Google Cloud Storage and web servers |
 //! | `config` | time limits and the number of requests at once |
 //! | `error` | what went wrong, where, and what to change |
 //! | `location` | parses URLs |
@@ -37,6 +40,7 @@
 //! ```
 
 mod backend;
+mod clouds;
 mod config;
 mod error;
 mod location;

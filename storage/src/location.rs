@@ -1,4 +1,5 @@
-//! Parses URLs: `s3://bucket/prefix`, `file:///folder` or a plain path, `memory:///name/prefix`.
+//! Parses URLs: `s3://bucket/prefix`, `az://container/prefix`, `gs://bucket/prefix`,
+//! `file:///folder` or a plain path, `https://host/folder`, `memory:///name/prefix`.
 
 use std::path::{Component, Path as FsPath, PathBuf};
 
@@ -15,6 +16,27 @@ pub(crate) enum Location {
         /// Its name.
         bucket: String,
         /// Key prefix.
+        prefix: Path,
+    },
+    /// A container of the Azure account that the environment names.
+    Azure {
+        /// Its name.
+        container: String,
+        /// Key prefix.
+        prefix: Path,
+    },
+    /// A bucket of Google Cloud Storage.
+    Google {
+        /// Its name.
+        bucket: String,
+        /// Key prefix.
+        prefix: Path,
+    },
+    /// A folder of a web server.
+    Web {
+        /// Scheme, host and port.
+        base: String,
+        /// Path.
         prefix: Path,
     },
     /// A folder.
@@ -49,17 +71,37 @@ impl Location {
         let parse =
             |text: &str| Path::parse(text.trim_matches('/')).map_err(|e| invalid(e.to_string()));
         match scheme {
-            "s3" | "s3a" => {
+            "s3" | "s3a" | "az" | "gs" => {
                 let (bucket, prefix) = rest.split_once('/').unwrap_or((rest, ""));
-                let legal = |c: char| c.is_ascii_alphanumeric() || "-._".contains(c);
+                let legal = |c: char| c.is_ascii_alphanumeric() || "-._$".contains(c);
                 if bucket.len() < 3 || bucket.len() > 63 || !bucket.chars().all(legal) {
                     return Err(invalid(
-                        "a bucket's name has 3 to 63 letters, digits, dots and hyphens".into(),
+                        "the name of a bucket or container has 3 to 63 letters, digits, dots and \
+                         hyphens"
+                            .into(),
                     ));
                 }
-                Ok(Self::S3 {
-                    bucket: bucket.into(),
-                    prefix: parse(prefix)?,
+                let (bucket, prefix) = (bucket.to_owned(), parse(prefix)?);
+                Ok(match scheme {
+                    "az" => Self::Azure {
+                        container: bucket,
+                        prefix,
+                    },
+                    "gs" => Self::Google { bucket, prefix },
+                    _ => Self::S3 { bucket, prefix },
+                })
+            }
+            "http" | "https" => {
+                let parsed = Url::parse(url).map_err(|e| invalid(e.to_string()))?;
+                if parsed.query().is_some() || !parsed.username().is_empty() {
+                    return Err(invalid(
+                        "write https://host/folder, without a user, a query or a token".into(),
+                    ));
+                }
+                let path = Path::from_url_path(parsed.path());
+                Ok(Self::Web {
+                    base: parsed.origin().ascii_serialization(),
+                    prefix: path.map_err(|e| invalid(e.to_string()))?,
                 })
             }
             "file" => {
@@ -81,8 +123,8 @@ impl Location {
                 })
             }
             other => Err(invalid(format!(
-                "`{other}://` is not built in: use s3:// (Google Cloud Storage and most others \
-                 answer to it through AWS_ENDPOINT_URL), file:// or a plain path"
+                "`{other}://` is not built in: use s3:// (most others answer to it through \
+                 AWS_ENDPOINT_URL), az://, gs://, https://, file:// or a plain path"
             ))),
         }
     }
@@ -121,6 +163,9 @@ mod tests {
     fn prefix(url: &str) -> String {
         match Location::parse(url).expect("parses") {
             Location::S3 { prefix, .. }
+            | Location::Azure { prefix, .. }
+            | Location::Google { prefix, .. }
+            | Location::Web { prefix, .. }
             | Location::File { prefix }
             | Location::Memory { prefix, .. } => prefix.to_string(),
         }
@@ -130,6 +175,9 @@ mod tests {
     fn prefixes_have_no_slashes_at_the_ends() {
         assert_eq!(prefix("s3://bucket"), "");
         assert_eq!(prefix("s3://bucket/a/b/"), "a/b");
+        assert_eq!(prefix("az://container/a/b/"), "a/b");
+        assert_eq!(prefix("gs://bucket/a"), "a");
+        assert_eq!(prefix("https://host:8443/a%20b/c/"), "a b/c");
         assert_eq!(prefix("file:///a/b%20c/"), "a/b c");
         assert_eq!(prefix("/a/b c"), "a/b c");
         assert_eq!(prefix("/nonexistent/x/../b"), "nonexistent/b");
@@ -140,7 +188,9 @@ mod tests {
     fn bad_urls_say_what_to_write() {
         for (url, hint) in [
             ("", "s3://bucket/prefix"),
-            ("gs://bucket/x", "AWS_ENDPOINT_URL"),
+            ("ftp://bucket/x", "AWS_ENDPOINT_URL"),
+            ("gs://b/x", "3 to 63"),
+            ("https://host/a?token=secret", "without a user"),
             ("s3://ab/x", "3 to 63"),
             ("s3://bucket/a//b", "empty"),
             ("s3://bucket/../b", "illegal character sequence"),

@@ -11,7 +11,7 @@ use std::time::Duration;
 use pollen_core::{Draws, Seed};
 use tokio::time::Instant;
 
-use crate::backend::Kind;
+use crate::backend::{Kind, Service};
 use crate::error::{Error, Result};
 use crate::observer::{Observer, Recovered, Retry};
 use crate::verdict::{Failure, Verdict};
@@ -126,7 +126,12 @@ impl Outcome {
         let source = failure.into_cause();
         match (verdict, kind) {
             (Verdict::NotFound, _) => Error::NotFound { url },
-            (Verdict::NoBucket, Kind::S3 { bucket, endpoint }) => Error::NoBucket {
+            (
+                Verdict::NoBucket,
+                Kind::Bucket {
+                    bucket, endpoint, ..
+                },
+            ) => Error::NoBucket {
                 bucket: bucket.clone(),
                 endpoint: endpoint.clone(),
             },
@@ -134,10 +139,28 @@ impl Outcome {
                 operation: operation.name,
                 url,
                 hint: match (verdict, kind) {
+                    (_, Kind::File) => "check the owner and the mode of the folder",
+                    (_, Kind::Web) => "the web server must let anybody read it",
+                    (
+                        _,
+                        Kind::Bucket {
+                            service: Service::Azure,
+                            ..
+                        },
+                    ) => {
+                        "check AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY (or another way to \
+                         sign in) and the container's access"
+                    }
+                    (
+                        _,
+                        Kind::Bucket {
+                            service: Service::Google,
+                            ..
+                        },
+                    ) => "check GOOGLE_APPLICATION_CREDENTIALS and the bucket's policy",
                     (Verdict::NoCredentials, _) => {
                         "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
                     }
-                    (_, Kind::File) => "check the owner and the mode of the folder",
                     _ => "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the bucket's policy",
                 },
                 source,

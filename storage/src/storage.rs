@@ -197,9 +197,27 @@ impl Storage {
         self.head_key(&self.key(path)?).await
     }
 
+    /// Returns whether objects can be listed: not on web servers.
+    pub fn can_list(&self) -> bool {
+        !matches!(self.shared.backend.kind, Kind::Web)
+    }
+
+    fn refuse_to_write(&self, operation: &'static str, path: &str) -> Result<()> {
+        if self.can_list() {
+            return Ok(());
+        }
+        Err(Error::PermissionDenied {
+            operation,
+            url: format!("{}/{path}", self.url()),
+            hint: "http:// and https:// are for reading: write to a bucket or a folder",
+            source: "read-only".into(),
+        })
+    }
+
     /// Writes an object, in place of one of the same name if there is one. Readers see the old
     /// bytes or the new ones; in a folder the new ones are on disk when this returns.
     pub async fn put(&self, path: &str, bytes: Bytes) -> Result<()> {
+        self.refuse_to_write("put", path)?;
         if bytes.len() > PART {
             let pieces = futures::stream::iter([Ok(bytes)]);
             return self.put_stream(path, pieces).await.map(drop);
@@ -214,12 +232,14 @@ impl Storage {
     where
         S: Stream<Item = std::io::Result<Bytes>> + Send + Unpin,
     {
+        self.refuse_to_write("put", path)?;
         Box::pin(upload::put_stream(self, path, pieces)).await
     }
 
     /// Writes an object unless there is one of that name, atomically. Sent again only when the
     /// request surely was not carried out; when that is unknown, [`Error::Ambiguous`].
     pub async fn put_if_absent(&self, path: &str, bytes: Bytes) -> Result<PutIfAbsent> {
+        self.refuse_to_write("put-if-absent", path)?;
         let key = self.key(path)?;
         let size = bytes.len() as u64;
         let mut operation = self.writing("put-if-absent", &key);
@@ -243,8 +263,16 @@ impl Storage {
         }
     }
 
-    /// Lists the objects below the folder `prefix`, in order of their paths.
+    /// Lists the objects below the folder `prefix`, in order of their paths; a web server has none
+    /// to list.
     pub async fn list(&self, prefix: &str) -> Result<Vec<ObjectInfo>> {
+        if !self.can_list() {
+            return Err(Error::Rejected {
+                operation: "list",
+                url: format!("{}/{prefix}", self.url()),
+                source: "web servers have no listings; name a bucket or a folder".into(),
+            });
+        }
         let key = match prefix.trim_matches('/') {
             "" => self.prefix.clone(),
             prefix => self.key(prefix)?,
@@ -279,6 +307,7 @@ impl Storage {
 
     /// Deletes an object; that it does not exist is no error.
     pub async fn delete(&self, path: &str) -> Result<()> {
+        self.refuse_to_write("delete", path)?;
         let key = self.key(path)?;
         let operation = self.writing("delete", &key);
         let outcome = self
@@ -298,8 +327,11 @@ impl Storage {
 
     /// Checks that the bucket exists and the credentials work, or that the folder can exist.
     pub async fn check(&self) -> Result<()> {
-        if matches!(self.shared.backend.kind, Kind::File) {
-            return self.check_folder();
+        match self.shared.backend.kind {
+            Kind::File => return self.check_folder(),
+            // Nothing can be asked of it without the name of an object.
+            Kind::Web => return Ok(()),
+            Kind::Bucket { .. } | Kind::Other => {}
         }
         let mut operation = self.operation("check", &self.prefix);
         operation.retry_for = operation.retry_for.min(Duration::from_secs(30));

@@ -89,7 +89,11 @@ pub(crate) enum Verdict {
 
 fn judge(error: &StoreError) -> Verdict {
     let text = error.to_string();
-    if text.contains("<Code>NoSuchBucket</Code>") {
+    let no_bucket = [
+        "<Code>NoSuchBucket</Code>",
+        "<Code>ContainerNotFound</Code>",
+    ];
+    if no_bucket.iter().any(|code| text.contains(code)) {
         return Verdict::NoBucket;
     }
     // The address at which cloud machines ask for credentials: nobody else has it.
@@ -146,6 +150,8 @@ fn judge_status(status: u16, text: &str) -> Option<Verdict> {
         400 if text.contains("<Code>ExpiredToken</Code>") => Verdict::Denied,
         401 | 403 => Verdict::Denied,
         404 => Verdict::NotFound,
+        // What Azure answers to a write of a name that is taken.
+        409 if text.contains("<Code>BlobAlreadyExists</Code>") => Verdict::Exists,
         // S3 answers 409 while another conditional write of the same key is under way.
         409 | 429 => Verdict::Transient { sent: false },
         416 => Verdict::Range,

@@ -1,4 +1,4 @@
-//! One suite of expectations, run against process memory, a folder and an S3 server.
+//! One suite of expectations, run against process memory, a folder, an S3 server and an Azure server.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::io::Write as _;
@@ -150,11 +150,18 @@ async fn folder() {
 /// On the S3 server that `POLLEN_TEST_S3_URL` (for example `s3://bucket/tests`) names.
 #[tokio::test]
 async fn s3() {
-    let Ok(url) = std::env::var("POLLEN_TEST_S3_URL") else {
-        let _ = writeln!(
-            std::io::stderr(),
-            "SKIPPED on S3: POLLEN_TEST_S3_URL is not set"
-        );
+    on_server("POLLEN_TEST_S3_URL", "s3://no-such-bucket-here").await;
+}
+
+/// On the Azure server that `POLLEN_TEST_AZURE_URL` (for example `az://container/tests`) names.
+#[tokio::test]
+async fn azure() {
+    on_server("POLLEN_TEST_AZURE_URL", "az://no-such-container-here").await;
+}
+
+async fn on_server(variable: &str, nowhere: &str) {
+    let Ok(url) = std::env::var(variable) else {
+        let _ = writeln!(std::io::stderr(), "SKIPPED: {variable} is not set");
         return;
     };
     let storage = open(&url).join(&format!("storage-{}", std::process::id()));
@@ -162,7 +169,7 @@ async fn s3() {
     for object in storage.list("").await.unwrap() {
         storage.delete(&object.path).await.unwrap();
     }
-    let error = open("s3://no-such-bucket-here").check().await.unwrap_err();
+    let error = open(nowhere).check().await.unwrap_err();
     assert!(matches!(error, Error::NoBucket { .. }), "{error}");
 }
 

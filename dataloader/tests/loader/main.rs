@@ -14,3 +14,4 @@ mod order;
 mod order_properties;
 mod support;
 mod transform;
+mod web;
