@@ -264,7 +264,7 @@ pub(crate) enum WeightsCommand {
 #[derive(Debug, Args)]
 pub(crate) struct ImportArgs {
     /// The weights: a .safetensors file or a folder of one or of shards, as a path or URL, or
-    /// hf://owner/name[@revision] on the Hugging Face Hub
+    /// `hf://owner/name[@revision]` on the Hugging Face Hub
     pub(crate) source: String,
     /// Folder or URL to write to
     pub(crate) destination: String,
