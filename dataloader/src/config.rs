@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 
 use bytesize::ByteSize;
-use pollen_processing::{Augmentation, CropAndColor, ResizeKind, Transform};
+use pollen_processing::{Augmentation, CropAndColor, ResizeKind};
 use serde::{Deserialize, Serialize};
 
+use crate::dataset_config::DatasetConfig;
 use crate::error::{Error, Result};
 
 /// Which datasets are mixed, how their frames become model inputs, and what the loader may use.
@@ -52,6 +53,9 @@ pub struct DataConfig {
     /// the last action; FLOWER counts them.
     #[serde(default)]
     pub mask_padding: bool,
+    /// Control frequency told to the model for every dataset, in hertz; 0 tells it each one's own.
+    #[serde(default)]
+    pub frequency_hz: f64,
     /// How many steps of a chunk count.
     #[serde(default)]
     pub chunk_length: ChunkLength,
@@ -83,75 +87,6 @@ pub struct DiskCacheConfig {
     pub dir: PathBuf,
     /// What its files may hold together.
     pub bytes: ByteSize,
-}
-
-/// One dataset of a mixture; lives in `configs/datasets/<name>.toml` or in the recipe.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DatasetConfig {
-    /// Where it lies: a URL, or a path below `data.root`. Empty: its name.
-    #[serde(default)]
-    pub url: String,
-    /// Weight in the mixture; 0 leaves the dataset out.
-    #[serde(default = "defaults::weight")]
-    pub weight: f64,
-    /// Name of its action space.
-    pub embodiment: String,
-    /// Camera role -> image feature.
-    pub cameras: BTreeMap<String, String>,
-    /// Feature that holds the actions.
-    #[serde(default = "defaults::action")]
-    pub action: String,
-    /// Feature that holds the proprioception; empty for none.
-    #[serde(default = "defaults::state")]
-    pub state: String,
-    /// What stored actions and states become.
-    #[serde(default)]
-    pub transform: Transform,
-    /// What the actions are, after the transform.
-    #[serde(default)]
-    pub motion: Motion,
-    /// Frames that no sample starts at.
-    #[serde(default)]
-    pub filters: Filters,
-    /// Steps of an action chunk that its control rate asks for; 0 takes the model's.
-    #[serde(default)]
-    pub chunk_length: usize,
-    /// Where the instruction comes from.
-    #[serde(default)]
-    pub instruction: Instruction,
-    /// Robot's name in the prompt.
-    pub robot: String,
-    /// Control frequency told to the model; 0 takes the `fps` of `info.json`.
-    #[serde(default)]
-    pub hz: f64,
-    /// Episodes kept for evaluation: never trained on.
-    #[serde(default)]
-    pub holdout_episodes: BTreeSet<u64>,
-}
-
-/// Frames that no sample starts at. They stay in storage and in the chunks of the frames before.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Filters {
-    /// Those without an instruction.
-    pub unlabelled: bool,
-    /// Those in which no dimension moves by more than this, in its own unit, and the gripper stays
-    /// as it is; 0 keeps them.
-    pub idle_below: f32,
-}
-
-/// What an action is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Motion {
-    /// A change within the step.
-    #[default]
-    Delta,
-    /// A target.
-    Absolute,
-    /// A change per second.
-    Velocity,
 }
 
 /// How many steps of an action chunk count in the loss.
@@ -213,19 +148,6 @@ impl Augment {
     }
 }
 
-/// Where an episode's instruction comes from.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Instruction {
-    /// The text of the frame's task, inside the prompt.
-    #[default]
-    Task,
-    /// The text of the frame's task, without a prompt around it.
-    Raw,
-    /// None: the prompt ends with an empty instruction.
-    Empty,
-}
-
 mod defaults {
     use super::{BTreeSet, ByteSize, PathBuf, ResizeKind};
 
@@ -250,17 +172,8 @@ mod defaults {
     pub(super) fn index_dir() -> PathBuf {
         ".cache/pollen/index".into()
     }
-    pub(super) fn weight() -> f64 {
-        1.0
-    }
-    pub(super) fn action() -> String {
-        "action".into()
-    }
     pub(super) fn uncropped() -> BTreeSet<String> {
         BTreeSet::from(["wrist".to_owned()])
-    }
-    pub(super) fn state() -> String {
-        "observation.state".into()
     }
 }
 
@@ -270,6 +183,19 @@ impl DataConfig {
         let mut faults = Vec::new();
         if self.used().next().is_none() {
             faults.push("data.datasets has no dataset with a weight above 0".to_owned());
+        }
+        if self.root.is_empty() {
+            faults.push(
+                "data.root is empty: set POLLEN_DATA__ROOT=s3://bucket/folder, or data.root in the \
+                 recipe, to where the datasets lie"
+                    .to_owned(),
+            );
+        }
+        if !(self.frequency_hz.is_finite() && self.frequency_hz >= 0.0) {
+            faults.push(format!(
+                "data.frequency_hz = {} is not a frequency",
+                self.frequency_hz
+            ));
         }
         if self.cameras.is_empty() {
             faults.push("data.cameras is empty; name at least one role".to_owned());
@@ -317,43 +243,12 @@ impl DataConfig {
         }
     }
 
-    /// Returns the datasets with a weight above zero, in the order of their names.
+    /// Returns the datasets with a weight above zero, in the order of their names, without those
+    /// whose every frame is left out for want of an instruction.
     pub fn used(&self) -> impl Iterator<Item = (&String, &DatasetConfig)> {
         self.datasets
             .iter()
-            .filter(|(_, dataset)| dataset.weight != 0.0)
-    }
-}
-
-impl DatasetConfig {
-    /// Returns where the dataset named `name` lies.
-    pub fn location(&self, root: &str, name: &str) -> String {
-        if self.url.contains("://") {
-            return self.url.trim_end_matches('/').to_owned();
-        }
-        let below = if self.url.is_empty() { name } else { &self.url };
-        format!("{}/{}", root.trim_end_matches('/'), below.trim_matches('/'))
-    }
-
-    fn faults(&self, name: &str, roles: &[String], faults: &mut Vec<String>) {
-        let key = format!("data.datasets.{name}");
-        if !self.weight.is_finite() || self.weight < 0.0 {
-            faults.push(format!(
-                "{key}.weight = {} is not a number of at least 0",
-                self.weight
-            ));
-        }
-        if !self.hz.is_finite() || self.hz < 0.0 {
-            faults.push(format!("{key}.hz = {} is not a frequency", self.hz));
-        }
-        if self.action.is_empty() {
-            faults.push(format!("{key}.action is empty; name a feature"));
-        }
-        if self.weight != 0.0 && !roles.iter().any(|role| self.cameras.contains_key(role)) {
-            faults.push(format!(
-                "{key}.cameras has none of the roles {roles:?} of data.cameras"
-            ));
-        }
+            .filter(|(_, dataset)| dataset.weight != 0.0 && !dataset.is_wordless())
     }
 }
 

@@ -76,14 +76,26 @@ impl Data {
             reading: Owner::default(),
         };
         let mut datasets = Vec::new();
+        for (name, section) in &config.datasets {
+            if section.weight != 0.0 && section.is_wordless() {
+                tracing::warn!(
+                    dataset = name,
+                    "left out: none of its frames has an instruction"
+                );
+            }
+        }
         for (number, (name, section)) in config.used().enumerate() {
+            let mut section = section.clone();
+            if config.frequency_hz > 0.0 {
+                section.hz = config.frequency_hz;
+            }
             let storage = match (section.url.contains("://"), section.url.is_empty()) {
                 (true, _) => opened(&section.url)?,
                 (false, true) => root.join(name),
                 (false, false) => root.join(&section.url),
             };
             let dataset = Dataset::open(
-                (number as u32, name, section),
+                (number as u32, name, &section),
                 storage,
                 shared.clone(),
                 spaces,

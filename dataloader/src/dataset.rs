@@ -11,7 +11,7 @@ use pollen_core::ActionSpace;
 use pollen_storage::Storage;
 
 use crate::byte_cache::{ByteCache, Owner};
-use crate::config::DatasetConfig;
+use crate::dataset_config::DatasetConfig;
 use crate::disk_cache::DiskCache;
 use crate::error::{Error, Result};
 use crate::features::feature_faults;

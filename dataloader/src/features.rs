@@ -2,7 +2,7 @@
 
 use pollen_core::ActionSpace;
 
-use crate::config::DatasetConfig;
+use crate::dataset_config::{DatasetConfig, Source};
 use crate::lerobot::{Feature, Metadata};
 
 /// Checks the recipe's columns against `info.json`.
@@ -54,6 +54,22 @@ pub(crate) fn feature_faults(
         shape.iter().fold(1, |all: usize, &n| all.saturating_mul(n))
     };
     let stored = action.is_some();
+    for (what, feature, fields) in [
+        ("action", &action, &config.source.action),
+        ("state", &state, &config.source.state),
+    ] {
+        let Some((feature, declared)) = feature.as_ref().zip(Source::width(fields)) else {
+            continue;
+        };
+        let found = width(Some(feature.clone()));
+        if found != declared {
+            faults.push(format!(
+                "{key}.source.{what} names fields of {declared} dimensions, the dataset stores \
+                 {found}: it is another release, or was converted from other fields; correct \
+                 {key}.source and {key}.transform"
+            ));
+        }
+    }
     let widths = config.transform.widths(width(action), width(state));
     let (action, state) = match widths {
         Ok(widths) => widths,

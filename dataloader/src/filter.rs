@@ -5,7 +5,7 @@ use pollen_core::action_space::Normalize;
 use serde::{Deserialize, Serialize};
 
 use crate::columns::Columns;
-use crate::config::{DatasetConfig, Motion};
+use crate::dataset_config::{DatasetConfig, Motion};
 
 /// Which frames of a dataset are left out.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]

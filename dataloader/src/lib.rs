@@ -17,6 +17,7 @@
 //! | [`config`] | the `[data]` section of a recipe |
 //! | [`data`] | the opened datasets of a run |
 //! | [`dataset`] | one opened dataset |
+//! | [`dataset_config`] | one dataset's section of a recipe |
 //! | [`decode`] | JPEG to pixels, on a pool of threads |
 //! | `disk_cache` | row groups on the node's disk, shared by its processes |
 //! | [`error`] | what can go wrong |
@@ -56,6 +57,7 @@ mod columns;
 pub mod config;
 pub mod data;
 pub mod dataset;
+pub mod dataset_config;
 pub mod decode;
 mod disk_cache;
 pub mod error;
@@ -79,12 +81,10 @@ pub mod transform;
 
 pub use batch::{BadSample, BatchDims, HostBatch, ModelShape};
 pub use byte_cache::HeldBytes;
-pub use config::{
-    Augment, ChunkLength, DataConfig, DatasetConfig, DiskCacheConfig, Filters, Instruction, Motion,
-    WeightMeaning,
-};
+pub use config::{Augment, ChunkLength, DataConfig, DiskCacheConfig, WeightMeaning};
 pub use data::{Data, OpenStorage};
 pub use dataset::Dataset;
+pub use dataset_config::{DatasetConfig, Filters, Frame, Gripper, Instruction, Motion, Source};
 pub use error::{Error, Result};
 pub use filter::{FrameFilter, Idle};
 pub use index::index_dataset;

@@ -4,15 +4,16 @@ use std::collections::HashMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use pollen_core::ActionSpace;
 use pollen_processing::{
-    DatasetContract, Normalization, Normalizer, Padding, Prompt, TextContract, TextLength,
-    Tokenizer, florence_tokens,
+    DatasetContract, Normalizer, Padding, Prompt, TextContract, TextLength, Tokenizer,
+    florence_tokens,
 };
 use sha2::{Digest, Sha256};
 
 use crate::columns::Rows;
-use crate::config::Instruction;
 use crate::dataset::Dataset;
+use crate::dataset_config::{DatasetConfig, Instruction};
 use crate::error::{Error, Result};
 use crate::sidecar::hex;
 
@@ -34,14 +35,12 @@ impl Prepare {
         let proprio_stats = (space.proprio_dim > 0).then(|| dataset.sidecar().proprio.clone());
         let contract = DatasetContract {
             action_space: space.clone(),
-            normalization: Normalization::QuantilesClipped,
+            normalization: dataset.config().normalization,
             action_stats: dataset.sidecar().action.clone(),
             proprio_stats: proprio_stats.flatten(),
             prompt: match instruction {
-                Instruction::Raw => Prompt::Instruction,
-                Instruction::Task | Instruction::Empty => {
-                    Prompt::minimal(space, &dataset.config().robot)
-                }
+                Instruction::Raw | Instruction::None => Prompt::Instruction,
+                Instruction::Task | Instruction::Empty => prompt(space, dataset.config()),
             },
             frequency_hz: f64::from(dataset.frequency_hz()),
         };
@@ -116,10 +115,19 @@ impl Prepare {
     /// Returns the text the model reads for an instruction.
     pub(crate) fn prompt(&self, instruction: &str) -> String {
         match self.instruction {
-            Instruction::Empty => self.contract.prompt.text(""),
+            Instruction::Empty | Instruction::None => self.contract.prompt.text(""),
             Instruction::Task | Instruction::Raw => self.contract.prompt.text(instruction),
         }
     }
+}
+
+/// Describes the robot of a dataset in its own wording.
+fn prompt(space: &ActionSpace, config: &DatasetConfig) -> Prompt {
+    let mut space = space.clone();
+    if !config.prompt_space.is_empty() {
+        space.prompt.clone_from(&config.prompt_space);
+    }
+    Prompt::minimal(&space, &config.robot)
 }
 
 /// The token ids of one prompt.

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::columns::{ColumnNames, Columns, Rows};
-use crate::config::DatasetConfig;
+use crate::dataset_config::DatasetConfig;
 use crate::error::Result;
 use crate::filter::FrameFilter;
 use crate::parquet_file::FileName;

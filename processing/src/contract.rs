@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 
 use pollen_core::ActionSpace;
+use pollen_core::action_space::Normalize;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
@@ -54,11 +55,16 @@ pub struct TextContract {
 }
 
 /// How actions and proprioception are normalised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Normalization {
     /// 1 % and 99 % quantiles to [-1, 1], clipped; idle dimensions to 0.
+    #[default]
     QuantilesClipped,
+    /// Less the mean, divided by the deviation, not clipped. Proprioception goes by quantiles.
+    MeanStd,
+    /// Actions as they are. Proprioception goes by quantiles.
+    None,
 }
 
 /// One dataset that the weights were trained on.
@@ -83,13 +89,25 @@ pub struct DatasetContract {
 impl DatasetContract {
     /// Returns the normaliser of actions.
     pub fn action_normalizer(&self) -> Result<Normalizer, Error> {
-        let Normalization::QuantilesClipped = self.normalization;
-        Normalizer::for_actions(&self.action_stats, &self.action_space)
+        let normalizer = Normalizer::for_actions(&self.action_stats, &self.action_space)?;
+        let scaled: Vec<bool> = (self.action_space.dims.iter())
+            .map(|dim| dim.normalize == Normalize::Quantiles)
+            .collect();
+        let stats = &self.action_stats;
+        Ok(match self.normalization {
+            Normalization::QuantilesClipped => normalizer,
+            Normalization::MeanStd => {
+                Normalizer::reference_gaussian(&stats.mean, &stats.std, &scaled)
+            }
+            Normalization::None => {
+                let none = vec![false; scaled.len()];
+                Normalizer::reference_bounds(&stats.q01, &stats.q99, &none)
+            }
+        })
     }
 
     /// Returns the normaliser of proprioception, if the action space uses it.
     pub fn proprio_normalizer(&self) -> Result<Option<Normalizer>, Error> {
-        let Normalization::QuantilesClipped = self.normalization;
         self.proprio_stats
             .as_ref()
             .map(|stats| Normalizer::for_proprio(stats, self.action_space.proprio_dim))

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod batches;
+mod configs;
 #[path = "../../../tests/damage/mod.rs"]
 mod damage;
 mod demo;

@@ -16,10 +16,10 @@ use parquet::file::properties::WriterProperties;
 use parquet::schema::types::ColumnPath;
 use pollen_core::{ActionSpace, ActionSpaceFile, Seed};
 use pollen_dataloader::{
-    Augment, ChunkLength, Data, DataConfig, DatasetConfig, Filters, HostBatch, Instruction, Loader,
-    LoaderArgs, ModelShape, Motion, WeightMeaning,
+    Augment, ChunkLength, Data, DataConfig, DatasetConfig, Filters, Frame, Gripper, HostBatch,
+    Instruction, Loader, LoaderArgs, ModelShape, Motion, Source, WeightMeaning,
 };
-use pollen_processing::{ResizeKind, Transform};
+use pollen_processing::{Normalization, ResizeKind, Transform};
 use pollen_storage::{Silent, Storage, StorageConfig};
 use tokio::runtime::Runtime;
 
@@ -54,6 +54,8 @@ pub(crate) fn demo_jpegs() -> Vec<Vec<u8>> {
 #[derive(Clone)]
 pub(crate) struct Spec {
     pub(crate) name: &'static str,
+    pub(crate) cameras: Vec<String>,
+    pub(crate) state_dim: usize,
     /// Length of each episode.
     pub(crate) episodes: Vec<u64>,
     pub(crate) rows_per_group: usize,
@@ -76,6 +78,8 @@ impl Spec {
     pub(crate) fn new(name: &'static str, jpegs: &Arc<Vec<Vec<u8>>>) -> Self {
         Self {
             name,
+            cameras: vec![PRIMARY.into(), WRIST.into()],
+            state_dim: 3,
             episodes: vec![23, 31, 17, 40, 29, 12, 35],
             rows_per_group: 10,
             episodes_per_file: 3,
@@ -105,13 +109,19 @@ impl Spec {
             std::fs::create_dir_all(dir.join(folder)).unwrap();
         }
         let image = r#"{"dtype":"image","shape":[96,96,3],"names":["height","width","channels"]}"#;
+        let cameras = self
+            .cameras
+            .iter()
+            .map(|name| format!(r#""{name}":{image},"#));
         let info = format!(
             r#"{{"codebase_version":"v3.0","fps":10,"total_episodes":{},"total_frames":{},
-            "robot_type":"test","features":{{"{PRIMARY}":{image},"{WRIST}":{image},
-            "observation.state":{{"dtype":"float32","shape":[3],"names":null}},
+            "robot_type":"test","features":{{{}
+            "observation.state":{{"dtype":"float32","shape":[{}],"names":null}},
             "action":{{"dtype":"float32","shape":[{}],"names":null}}}}}}"#,
             self.episodes.len(),
             self.num_frames(),
+            cameras.collect::<String>(),
+            self.state_dim,
             self.action_dim
         );
         std::fs::write(dir.join("meta/info.json"), info).unwrap();
@@ -193,19 +203,24 @@ impl Spec {
             }
             actions.extend(action);
         }
-        let states = frames
-            .iter()
-            .flat_map(|&(_, _, row)| [row as f32, (row % 7) as f32, 0.5 - (row % 2) as f32]);
-        let columns: Vec<(&str, ArrayRef)> = vec![
-            (PRIMARY, image(0, self.bad_image.as_ref(), 0)),
-            (WRIST, image(5, None, self.wrist_padding)),
-            ("observation.state", list(3, states.collect())),
+        let states = frames.iter().flat_map(|&(_, _, row)| {
+            let three = [row as f32, (row % 7) as f32, 0.5 - (row % 2) as f32];
+            (0..self.state_dim).map(move |dim| three[dim % 3] + (dim / 3) as f32)
+        });
+        let cameras = self.cameras.iter().enumerate().map(|(camera, name)| {
+            let bad = self.bad_image.as_ref().filter(|_| camera == 0);
+            let padding = if camera == 1 { self.wrist_padding } else { 0 };
+            (&**name, image(5 * camera as u64, bad, padding))
+        });
+        let mut columns: Vec<(&str, ArrayRef)> = cameras.collect();
+        columns.extend([
+            ("observation.state", list(self.state_dim, states.collect())),
             ("action", list(self.action_dim, actions)),
             ("frame_index", numbers(|frame| frame.1)),
             ("episode_index", numbers(|frame| frame.0)),
             ("index", numbers(|frame| frame.2)),
             ("task_index", numbers(|_| 0)),
-        ];
+        ]);
         let fields: Vec<Field> = columns
             .iter()
             .map(|(name, column)| Field::new(*name, column.data_type().clone(), true))
@@ -230,6 +245,13 @@ impl Spec {
             chunk_length: 0,
             instruction: Instruction::Task,
             robot: "Panda".into(),
+            prompt_space: String::new(),
+            frame: Frame::Unstated,
+            gripper: Gripper::OneIsOpen,
+            motion_unit: String::new(),
+            normalization: Normalization::QuantilesClipped,
+            source: Source::default(),
+            refused: String::new(),
             hz: 0.0,
             holdout_episodes: [2].into(),
         }
@@ -279,6 +301,7 @@ pub(crate) fn config(root: &Path, specs: &[Spec]) -> DataConfig {
         prefetch_batches: 3,
         decode_threads: 2,
         mask_padding: false,
+        frequency_hz: 0.0,
         chunk_length: ChunkLength::Model,
         max_bad_samples: 0,
         tokenizer: workspace().join("demo/tokenizer.json"),
