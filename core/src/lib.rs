@@ -14,6 +14,7 @@
 //! | [`foreign`] | other people's parsers, whose panics become errors |
 //! | [`layered`] | `extends`, environment and `--set`, with the origin of every value |
 //! | [`seed`] | seeds as a tree, random numbers as a function of their position |
+//! | [`tensor_header`] | the head of a safetensors file |
 //!
 //! ```
 //! use pollen_core::seed::Seed;
@@ -27,6 +28,7 @@ pub mod error;
 pub mod foreign;
 pub mod layered;
 pub mod seed;
+pub mod tensor_header;
 
 pub use action_space::{ActionSpace, ActionSpaceFile};
 pub use bytesize::ByteSize;

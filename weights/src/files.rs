@@ -7,12 +7,12 @@ use std::sync::Arc;
 use bytes::Bytes;
 use futures::stream::{StreamExt, TryStreamExt};
 use half::{bf16, f16};
+use pollen_core::tensor_header;
 use pollen_storage::{Observer, Storage, StorageConfig};
 use safetensors::Dtype;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
-use crate::header;
 use crate::hub;
 
 /// Index of a sharded model, as Hugging Face's readers expect it.
@@ -215,13 +215,13 @@ impl WeightFiles {
         };
         let first = size.min(FIRST_READ);
         let mut bytes = self.storage.get_range(file, 0..first).await?;
-        let length = header::length(&bytes, size).map_err(&corrupt)?;
-        let end = header::PREFIX + length;
+        let length = tensor_header::length(&bytes, size).map_err(&corrupt)?;
+        let end = tensor_header::PREFIX + length;
         if end > first {
             bytes = self.storage.get_range(file, 0..end).await?;
         }
-        let json = &bytes[header::PREFIX as usize..end as usize];
-        let entries = header::parse(json, size).map_err(corrupt)?;
+        let json = &bytes[tensor_header::PREFIX as usize..end as usize];
+        let entries = tensor_header::parse(json, size).map_err(corrupt)?;
         let shard: Arc<str> = file.into();
         for entry in entries {
             let stored = Stored {

@@ -14,7 +14,6 @@
 //! | `export` | writes a model under others' names |
 //! | `files` | safetensors files behind a URL, read by ranges |
 //! | `fit`, `fitting` | which tensor becomes which parameter, and why not |
-//! | `header` | the head of a safetensors file, every number checked |
 //! | `hub` | files of the Hugging Face Hub |
 //! | `import` | writes a fitted source |
 //! | `initial` | the weights a run starts from |
@@ -31,7 +30,6 @@ mod export;
 mod files;
 mod fit;
 mod fitting;
-mod header;
 mod hub;
 mod import;
 mod initial;

@@ -9,12 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytes::Bytes;
 use futures::stream::{self, StreamExt, TryStreamExt};
 use half::bf16;
+use pollen_core::tensor_header;
 use pollen_storage::Storage;
 use safetensors::Dtype;
 
 use crate::error::{Error, Result};
 use crate::files::INDEX;
-use crate::header;
 
 /// Values of one piece of an upload.
 const PIECE: usize = 2 << 20;
@@ -30,7 +30,7 @@ pub(crate) struct Planned {
 
 impl Planned {
     fn bytes(&self) -> u64 {
-        header::size_of(self.dtype, &self.shape).expect("a model's tensors have a size")
+        tensor_header::size_of(self.dtype, &self.shape).expect("a model's tensors have a size")
     }
 }
 
@@ -132,7 +132,7 @@ async fn write_shard(
     let entries = tensors
         .iter()
         .map(|tensor| (&*tensor.name, tensor.dtype, &*tensor.shape));
-    let (head, _) = header::head(entries, &metadata);
+    let (head, _) = tensor_header::head(entries, &metadata);
     // The upload knows I/O errors only; ours is kept beside it.
     let fault: Arc<Mutex<Option<Error>>> = Arc::default();
     let pieces = stream::iter(tensors).then(|tensor| async {

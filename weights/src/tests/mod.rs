@@ -10,13 +10,13 @@ use std::path::Path;
 use std::sync::Arc;
 
 use pollen_core::action_space::{ActionDim, Normalize};
-use pollen_core::{ActionSpace, Seed};
+use pollen_core::{ActionSpace, Seed, tensor_header};
 use pollen_model::{CrossAttentionMask, FlowerConfig, NormVariant, PROMPT, TOKEN_TABLE};
 use pollen_storage::{Silent, Storage, StorageConfig};
 use safetensors::Dtype;
 use tempfile::TempDir;
 
-use crate::{Fit, FitOptions, Result, WeightFiles, Written, fit, header, import};
+use crate::{Fit, FitOptions, Result, WeightFiles, Written, fit, import};
 
 /// Tensors of a file by name: type, shape and values.
 pub(super) type Tensors = BTreeMap<String, (Dtype, Vec<usize>, Vec<f32>)>;
@@ -117,7 +117,7 @@ pub(super) fn file(tensors: &Tensors) -> Vec<u8> {
     let entries = tensors
         .iter()
         .map(|(name, (dtype, shape, _))| (name.as_str(), *dtype, shape.as_slice()));
-    let (mut bytes, _) = header::head(entries, &BTreeMap::new());
+    let (mut bytes, _) = tensor_header::head(entries, &BTreeMap::new());
     for (dtype, _, values) in tensors.values() {
         for &value in values {
             match *dtype {

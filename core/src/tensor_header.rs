@@ -1,31 +1,39 @@
-//! The head of a safetensors file, read with every number checked: it may be cut off or forged.
+//! The head of a safetensors file, for checkpoints and for weights that are exchanged: read with every
+//! number checked, since it may be cut off or forged, and written so that any reader opens it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
 
-use safetensors::Dtype;
+pub use safetensors::Dtype;
 use safetensors::tensor::TensorInfo;
 use serde::de::{Deserialize, Deserializer, Error as _, MapAccess, Visitor};
 
 /// The longest header that is read, as in other readers.
-pub(crate) const LONGEST_HEADER: u64 = 100_000_000;
+pub const LONGEST_HEADER: u64 = 100_000_000;
 /// Bytes before the header: its length.
-pub(crate) const PREFIX: u64 = 8;
+pub const PREFIX: u64 = 8;
 /// Name of the header's entry that is no tensor.
-const METADATA: &str = "__metadata__";
+pub const METADATA: &str = "__metadata__";
 
 /// A tensor's type, shape and place, counted from the file's start.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Entry {
-    pub(crate) name: String,
-    pub(crate) dtype: Dtype,
-    pub(crate) shape: Vec<usize>,
-    pub(crate) range: Range<u64>,
+pub struct Entry {
+    /// Name.
+    pub name: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Bytes.
+    pub range: Range<u64>,
 }
 
 /// Returns the length of the header from the first bytes of a file of `size` bytes.
-pub(crate) fn length(first: &[u8], size: u64) -> Result<u64, String> {
+///
+/// # Errors
+/// When it cannot be that of a safetensors file.
+pub fn length(first: &[u8], size: u64) -> Result<u64, String> {
     let (length, _) = first.split_first_chunk::<8>().ok_or_else(|| {
         format!("it has {size} bytes, less than the length of a safetensors header")
     })?;
@@ -45,8 +53,11 @@ pub(crate) fn length(first: &[u8], size: u64) -> Result<u64, String> {
 }
 
 /// Reads the header's JSON; `size` is that of the whole file. Tensors must follow each other
-/// without holes and overlaps and end with the file.
-pub(crate) fn parse(json: &[u8], size: u64) -> Result<Vec<Entry>, String> {
+/// without holes and overlaps and end with the file; they are returned in that order.
+///
+/// # Errors
+/// What is wrong, with the tensor's name.
+pub fn parse(json: &[u8], size: u64) -> Result<Vec<Entry>, String> {
     let Listed(mut listed) = serde_json::from_slice(json)
         .map_err(|error| format!("its header is no safetensors header: {error}"))?;
     listed.sort_by_key(|(_, info)| info.data_offsets);
@@ -109,7 +120,10 @@ pub(crate) fn parse(json: &[u8], size: u64) -> Result<Vec<Entry>, String> {
 
 /// Returns the head of a file and the length of the data behind it; the tensors follow each other
 /// in the order given.
-pub(crate) fn head<'a>(
+///
+/// # Panics
+/// When a tensor's size overflows or is no whole number of bytes: see [`size_of`].
+pub fn head<'a>(
     tensors: impl Iterator<Item = (&'a str, Dtype, &'a [usize])>,
     metadata: &BTreeMap<String, String>,
 ) -> (Vec<u8>, u64) {
@@ -120,7 +134,7 @@ pub(crate) fn head<'a>(
     let mut end = 0;
     for (name, dtype, shape) in tensors {
         let start = end;
-        end += size_of(dtype, shape).expect("a model's tensors have a size") as usize;
+        end += size_of(dtype, shape).expect("the caller's tensors have a size") as usize;
         let info = TensorInfo {
             dtype,
             shape: shape.into(),
@@ -136,7 +150,7 @@ pub(crate) fn head<'a>(
 }
 
 /// Returns the bytes of a tensor, unless they overflow or are no whole number.
-pub(crate) fn size_of(dtype: Dtype, shape: &[usize]) -> Option<u64> {
+pub fn size_of(dtype: Dtype, shape: &[usize]) -> Option<u64> {
     let bits = shape
         .iter()
         .try_fold(dtype.bitsize() as u64, |size, &dim| {
