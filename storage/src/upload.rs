@@ -11,6 +11,7 @@ use futures::stream::{FuturesUnordered, Stream, StreamExt, TryStreamExt};
 use object_store::multipart::PartId;
 use object_store::path::Path;
 use object_store::{MultipartId, ObjectStoreExt, PutPayload};
+use tokio::task::JoinSet;
 
 use crate::backend::Parts;
 use crate::error::{Error, Result};
@@ -22,6 +23,8 @@ use crate::verdict::{Failure, Verdict};
 pub(crate) const PART: usize = 32 << 20;
 /// Parts of one object under way at once.
 const PARTS_AT_ONCE: usize = 4;
+/// Parts that are made or written at once where they are written one after the other.
+const PARTS_IN_MEMORY: usize = 2;
 
 /// Writes the pieces and returns how many bytes they were.
 pub(crate) async fn put_stream<S>(storage: &Storage, path: &str, pieces: S) -> Result<u64>
@@ -177,7 +180,8 @@ async fn complete(
     }
 }
 
-/// Uploads through the plain interface; nothing is sent again.
+/// Uploads through the plain interface; nothing is sent again. A part is made while the ones before
+/// it are written.
 async fn in_one_go<S>(storage: &Storage, key: &Path, mut cutter: Cutter<S>) -> Result<u64>
 where
     S: Stream<Item = io::Result<Bytes>> + Send + Unpin,
@@ -188,7 +192,8 @@ where
     let started = storage.store().put_multipart(key).await;
     let mut upload = started.map_err(|error| fail(error.into()))?;
     let mut bytes = 0;
-    let outcome = loop {
+    let mut writing = JoinSet::new();
+    let sent = loop {
         match cutter.next().await {
             Err(source) => {
                 break Err(Error::Rejected {
@@ -197,22 +202,45 @@ where
                     source: source.into(),
                 });
             }
-            Ok(None) => match upload.complete().await {
-                Ok(_) => break Ok(bytes),
-                Err(error) => break Err(fail(error.into())),
-            },
+            Ok(None) => break finish(&mut writing, 0).await.map_err(&fail),
             Ok(Some(payload)) => {
                 bytes += payload.content_length() as u64;
-                if let Err(error) = upload.put_part(payload).await {
-                    break Err(fail(error.into()));
+                writing.spawn(upload.put_part(payload));
+                if let Err(failure) = finish(&mut writing, PARTS_IN_MEMORY - 1).await {
+                    break Err(fail(failure));
                 }
             }
         }
     };
+    let outcome = match sent {
+        Ok(()) => upload.complete().await.map_err(|error| fail(error.into())),
+        Err(error) => Err(error),
+    };
     if outcome.is_err() {
+        // What still writes must not find the upload gone.
+        while writing.join_next().await.is_some() {}
         let _ = upload.abort().await;
     }
-    outcome
+    outcome.map(|_| bytes)
+}
+
+/// Waits until at most `left` parts are being written.
+async fn finish(
+    writing: &mut JoinSet<object_store::Result<()>>,
+    left: usize,
+) -> std::result::Result<(), Failure> {
+    while writing.len() > left {
+        match writing.join_next().await {
+            Some(Ok(written)) => written?,
+            // A part is ended from outside only when the runtime ends, and this task with it.
+            Some(Err(error)) => match error.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => std::future::pending().await,
+            },
+            None => break,
+        }
+    }
+    Ok(())
 }
 
 /// Cuts pieces of any size into parts of one size, without copying.

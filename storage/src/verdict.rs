@@ -168,7 +168,7 @@ fn judge_io(kind: io::ErrorKind) -> Verdict {
     match kind {
         K::NotFound => Verdict::NotFound,
         K::AlreadyExists => Verdict::Exists,
-        K::StorageFull | K::QuotaExceeded => Verdict::DiskFull,
+        K::StorageFull | K::QuotaExceeded | K::FileTooLarge => Verdict::DiskFull,
         K::PermissionDenied | K::ReadOnlyFilesystem => Verdict::Denied,
         K::ConnectionRefused => Verdict::Transient { sent: false },
         K::ConnectionReset
@@ -219,6 +219,7 @@ mod tests {
     fn io_errors_are_told_apart() {
         let told = |kind: io::ErrorKind| judge(&generic(io::Error::from(kind)));
         assert_eq!(told(io::ErrorKind::StorageFull), Verdict::DiskFull);
+        assert_eq!(told(io::ErrorKind::FileTooLarge), Verdict::DiskFull);
         assert_eq!(told(io::ErrorKind::ReadOnlyFilesystem), Verdict::Denied);
         assert_eq!(
             told(io::ErrorKind::ConnectionRefused),
