@@ -26,6 +26,9 @@ pub trait Communicator: Send + Sync + Debug {
     /// Returns the engine's name.
     fn name(&self) -> &'static str;
 
+    /// Returns whether operations work on device memory, where it lies.
+    fn takes_device_memory(&self) -> bool;
+
     /// Combines the ranks' buffers element by element; every rank gets all of the result.
     ///
     /// # Shapes

@@ -11,14 +11,14 @@ use crate::error::{Error, Result};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Backend {
-    /// `local` for one rank, else `gloo`.
+    /// `local` for one rank; else `nccl` on GPUs and `gloo` on CPUs.
     #[default]
     Auto,
     /// Gloo over TCP, on the CPU.
     Gloo,
     /// One process only.
     Local,
-    /// NVIDIA GPUs.
+    /// NCCL for what lies on NVIDIA GPUs, Gloo for the rest.
     Nccl,
 }
 
@@ -48,6 +48,8 @@ pub struct Config {
     pub hostname: String,
     /// Path of `libpollen_gloo.so`; empty: `POLLEN_GLOO_LIBRARY`, then the usual places.
     pub gloo_library: PathBuf,
+    /// Path of `libnccl.so.2`; empty: `POLLEN_NCCL_LIBRARY`, then the usual places.
+    pub nccl_library: PathBuf,
 }
 
 impl Default for Config {
@@ -59,6 +61,7 @@ impl Default for Config {
             interface: String::new(),
             hostname: String::new(),
             gloo_library: PathBuf::new(),
+            nccl_library: PathBuf::new(),
         }
     }
 }

@@ -212,6 +212,22 @@ pub enum Error {
         /// What does not fit.
         reason: String,
     },
+    /// NCCL was not found or could not be opened.
+    #[error(
+        "cannot open NCCL: install it (package libnccl2, or pip install nvidia-nccl-cu12), name it in \
+         communicator.nccl_library or POLLEN_NCCL_LIBRARY, or set communicator.backend=gloo; tried {}",
+        tried.join(", ")
+    )]
+    NcclMissing {
+        /// Each place with its reason.
+        tried: Vec<String>,
+    },
+    /// NCCL or the driver is there and cannot be used.
+    #[error("NCCL cannot be used: {reason}; install another, or set communicator.backend=gloo")]
+    NcclUnusable {
+        /// What does not fit.
+        reason: String,
+    },
     /// The section `[communicator]` is not usable as it is.
     #[error("communicator: {}", faults.join("; "))]
     Config {
@@ -234,6 +250,8 @@ impl Error {
             | Self::Protocol { .. }
             | Self::LibraryMissing { .. }
             | Self::LibraryOutdated { .. }
+            | Self::NcclMissing { .. }
+            | Self::NcclUnusable { .. }
             | Self::Config { .. } => ErrorClass::User,
             Self::StoreRefused { .. }
             | Self::NameReused { .. }

@@ -151,6 +151,12 @@ impl Gloo {
         Ok(handle)
     }
 
+    /// Ends the communicator because something beside it failed, and tells the other ranks; returns
+    /// the error for the caller.
+    pub(crate) fn fail(&self, what: String, reason: String) -> Error {
+        self.shared.fail(what, reason)
+    }
+
     fn refuse(&self, operation: &'static str, reason: String) -> Error {
         Error::Argument {
             rank: self.shared.rank,
@@ -171,6 +177,10 @@ impl Communicator for Gloo {
 
     fn name(&self) -> &'static str {
         NAME
+    }
+
+    fn takes_device_memory(&self) -> bool {
+        false
     }
 
     fn all_reduce(&self, buffer: Buffer, op: ReduceOp) -> Result<Handle> {

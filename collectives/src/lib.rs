@@ -1,5 +1,5 @@
-//! Communicators (Gloo on CPU, local for one process) and the store through which ranks meet.
-//! Knows nothing of tensors: flat host buffers go in and come back out.
+//! Communicators (Gloo on CPU, NCCL for device memory, local for one process) and the store through
+//! which ranks meet. Knows nothing of tensors: flat buffers go in and come back out.
 //!
 //! ```text
 //! launcher or rank 0: StoreServer            gradients: Vec<f32>
@@ -20,11 +20,14 @@
 //! | [`gloo`] | Gloo over TCP, the CPU engine |
 //! | [`heartbeat`] | signs of life through the store, and who concludes that a rank hangs |
 //! | [`local`] | world size 1 |
+//! | `nccl` | NCCL for device memory, beside Gloo for the rest |
+//! | `nccl_check` | NCCL held against Gloo, for `pollen gpu-check` |
 //! | [`rendezvous`] | from a store, a rank and a generation to a communicator |
 //! | [`store`] | key-value server and client, gather, barrier, presence |
 //!
-//! Gloo is always compiled in and needs no cargo feature, because nothing links against it: the
-//! shim `libpollen_gloo.so` (`make setup` builds it) is opened when a communicator is made.
+//! Gloo and NCCL are always compiled in and need no cargo feature, because nothing links against
+//! them: the shim `libpollen_gloo.so` (`make setup` builds it), `libnccl.so.2` and the CUDA driver are
+//! opened when a communicator is made.
 //!
 //! ```
 //! use pollen_collectives::{Config, Deadline, ReduceOp, Store, StoreServer, rendezvous};
@@ -58,6 +61,8 @@ pub mod gloo;
 pub mod heartbeat;
 mod library;
 pub mod local;
+mod nccl;
+mod nccl_check;
 pub mod rendezvous;
 pub mod store;
 
@@ -70,5 +75,6 @@ pub use ffi::DeviceBuffer;
 pub use gloo::Gloo;
 pub use heartbeat::{Beat, Hang, HangKind, Watch, WatchdogConfig};
 pub use local::Local;
+pub use nccl_check::{NcclCheck, NcclReport};
 pub use rendezvous::host_name;
 pub use store::{Event, Member, MemberState, Presence, Store, StoreServer, Swap};

@@ -1,6 +1,8 @@
-//! Where `libpollen_gloo.so` is looked for.
+//! Where `libpollen_gloo.so`, NCCL and the CUDA driver are looked for.
 
 use std::path::{Path, PathBuf};
+
+use crate::nccl::Places;
 
 const FILE: &str = "libpollen_gloo.so";
 const INSTALLED: &str = ".pollen/lib/libpollen_gloo.so";
@@ -57,9 +59,71 @@ impl Surroundings {
     }
 }
 
+/// Returns where NCCL and the driver are looked for in this process.
+pub(crate) fn nccl_places(configured: &Path) -> Places {
+    let given = std::env::var_os("POLLEN_NCCL_LIBRARY").map(PathBuf::from);
+    let prefix = |name| std::env::var_os(name).map(PathBuf::from);
+    let prefixes = ["VIRTUAL_ENV", "CONDA_PREFIX", "CUDA_PATH", "CUDA_HOME"].map(prefix);
+    Places {
+        nccl: nccl_ladder(configured, given, prefixes.into_iter().flatten()),
+        driver: ["libcuda.so.1", "libcuda.so"].map(PathBuf::from).into(),
+    }
+}
+
+/// A path that was given explicitly is the only one. Else the system's library, then what Python
+/// packages and CUDA toolkits bring; pip and NVIDIA's package know only the name with the 2.
+fn nccl_ladder(
+    configured: &Path,
+    given: Option<PathBuf>,
+    prefixes: impl Iterator<Item = PathBuf>,
+) -> Vec<PathBuf> {
+    if !configured.as_os_str().is_empty() {
+        return vec![configured.to_owned()];
+    }
+    if let Some(path) = given.filter(|path| !path.as_os_str().is_empty()) {
+        return vec![path];
+    }
+    let mut places: Vec<PathBuf> = ["libnccl.so.2", "libnccl.so"].map(PathBuf::from).into();
+    for prefix in prefixes {
+        let pythons = std::fs::read_dir(prefix.join("lib")).into_iter().flatten();
+        let pythons = pythons.filter_map(|entry| Some(entry.ok()?.path()));
+        places.extend(
+            pythons
+                .map(|python| python.join("site-packages/nvidia/nccl/lib/libnccl.so.2"))
+                .filter(|path| path.exists()),
+        );
+        places.extend(["lib", "lib64"].map(|lib| prefix.join(lib).join("libnccl.so.2")));
+    }
+    places
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn nccl_is_looked_for_by_its_names_then_in_packages() {
+        let venv = tempfile::tempdir().expect("a folder");
+        let package = "lib/python3.11/site-packages/nvidia/nccl/lib";
+        std::fs::create_dir_all(venv.path().join(package)).expect("a folder");
+        let library = venv.path().join(package).join("libnccl.so.2");
+        std::fs::write(&library, "").expect("a file");
+        let prefixes = || std::iter::once(venv.path().to_owned());
+        let places = nccl_ladder(Path::new(""), None, prefixes());
+        assert_eq!(places[0], Path::new("libnccl.so.2"));
+        assert_eq!(places[1], Path::new("libnccl.so"));
+        assert!(places.contains(&library), "{places:?}");
+        assert!(places.contains(&venv.path().join("lib64/libnccl.so.2")));
+        let given = Some(PathBuf::from("/env.so"));
+        assert_eq!(
+            nccl_ladder(Path::new(""), given.clone(), prefixes()),
+            [PathBuf::from("/env.so")]
+        );
+        assert_eq!(
+            nccl_ladder(Path::new("/config.so"), given, prefixes()),
+            [PathBuf::from("/config.so")]
+        );
+    }
 
     #[test]
     fn the_ladder_goes_from_explicit_to_near_to_system() {

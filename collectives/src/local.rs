@@ -36,6 +36,10 @@ impl Communicator for Local {
         Self::NAME
     }
 
+    fn takes_device_memory(&self) -> bool {
+        false
+    }
+
     fn all_reduce(&self, buffer: Buffer, _op: ReduceOp) -> Result<Handle> {
         self.identity(buffer)
     }

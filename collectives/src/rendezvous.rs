@@ -12,6 +12,7 @@ use crate::ffi::{Bind, Engine};
 use crate::gloo::Gloo;
 use crate::library::Surroundings;
 use crate::local::Local;
+use crate::nccl::Nccl;
 use crate::store::{MemberState, Store};
 
 /// Connects this rank with the `world - 1` others that use the same store and generation.
@@ -26,14 +27,29 @@ pub fn connect(
     world: u32,
     generation: u64,
 ) -> Result<Arc<dyn Communicator>> {
+    connect_on(config, store, rank, world, generation, None)
+}
+
+/// As [`connect`], for a rank that computes on GPU number `gpu` of its process, if it does.
+pub fn connect_on(
+    config: &Config,
+    store: &Store,
+    rank: u32,
+    world: u32,
+    generation: u64,
+    gpu: Option<usize>,
+) -> Result<Arc<dyn Communicator>> {
     config.validate()?;
     let mut faults = Vec::new();
     if rank >= world {
         faults.push(format!("rank {rank} is not below the world size {world}"));
     }
     match config.backend {
-        Backend::Nccl => faults
-            .push("backend \"nccl\" is not in this build yet: use \"auto\" or \"gloo\"".to_owned()),
+        Backend::Nccl if gpu.is_none() => faults.push(
+            "backend \"nccl\" is for ranks that compute on a GPU, and this one computes on the \
+             CPU: use \"auto\" or \"gloo\""
+                .to_owned(),
+        ),
         Backend::Local if world > 1 => faults.push(format!(
             "backend \"local\" is for one rank, not {world}: use \"auto\" or \"gloo\""
         )),
@@ -46,10 +62,19 @@ pub fn connect(
         return Ok(Arc::new(Local::default()));
     }
     let gloo = connect_gloo(config, store, rank, world, generation)?;
-    Ok(Arc::new(gloo))
+    match gpu.filter(|_| config.backend != Backend::Gloo) {
+        None => Ok(Arc::new(gloo)),
+        Some(gpu) => {
+            let view = store.prefixed(&format!("g{generation}/communicator/"));
+            let limits = (config.timeout, Deadline::after(config.join_timeout));
+            let places = crate::library::nccl_places(&config.nccl_library);
+            let nccl = Nccl::start(gloo, gpu, &view, &places, limits)?;
+            Ok(Arc::new(nccl))
+        }
+    }
 }
 
-fn connect_gloo(
+pub(crate) fn connect_gloo(
     config: &Config,
     store: &Store,
     rank: u32,
@@ -58,7 +83,7 @@ fn connect_gloo(
 ) -> Result<Gloo> {
     let deadline = Deadline::after(config.join_timeout);
     let surroundings = Surroundings::of_this_process(&config.gloo_library);
-    let view = store.prefixed(&format!("g{generation}/communicator/"));
+    let view = view(store, generation);
     let host = host_name();
     let bind = bind_address(config, store);
 
@@ -113,6 +138,16 @@ fn with_deaths(error: Error, view: &Store, generation: u64) -> Error {
         waited,
         missing,
     }
+}
+
+/// Returns the ranks of a generation that were connected by [`connect`] and are not present any
+/// more, as far as the store can be asked; `store` is the view that was given there.
+pub fn gone_ranks(store: &Store, generation: u64) -> Vec<Absent> {
+    gone(&view(store, generation))
+}
+
+fn view(store: &Store, generation: u64) -> Store {
+    store.prefixed(&format!("g{generation}/communicator/"))
 }
 
 /// Returns who has joined and is not present any more, as far as the store can be asked.

@@ -368,7 +368,7 @@ fn backends_that_do_not_fit_are_refused_with_what_to_use() {
     let deadline = Deadline::after(Duration::from_mins(1));
     let store = Store::connect(&server.address().to_string(), deadline).unwrap();
     for (backend, words) in [
-        (Backend::Nccl, "not in this build yet"),
+        (Backend::Nccl, "use \"auto\" or \"gloo\""),
         (Backend::Local, "is for one rank, not 2"),
     ] {
         let error = rendezvous::connect(&config(backend), &store, 0, 2, 0).unwrap_err();

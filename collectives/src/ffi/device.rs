@@ -2,8 +2,7 @@
 
 use crate::buffer::DType;
 
-/// A flat buffer in device memory that somebody else owns. No back end of this build takes it;
-/// it is what an NCCL back end works on.
+/// A flat buffer in device memory that somebody else owns; NCCL works on it in place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DeviceBuffer {
     pointer: u64,
@@ -22,6 +21,17 @@ impl DeviceBuffer {
             pointer,
             len,
             dtype,
+        }
+    }
+
+    /// Returns part number `part` of `parts` equal ones.
+    pub(crate) fn part(&self, part: u32, parts: u32) -> Self {
+        let len = self.len / parts as usize;
+        let offset = part as usize * len * self.dtype.size();
+        Self {
+            pointer: self.pointer + offset as u64,
+            len,
+            dtype: self.dtype,
         }
     }
 

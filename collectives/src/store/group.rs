@@ -1,8 +1,13 @@
 //! Gather and barrier over the store: control traffic, not tensors.
 
+use std::time::Duration;
+
 use super::client::{Store, Swap};
 use crate::deadline::Deadline;
 use crate::error::{Absence, Absent, Error, Result};
+
+/// How often a wait looks whether those it waits for are still there.
+const LOOK: Duration = Duration::from_secs(1);
 
 impl Store {
     /// Registers the host name of a rank, for error messages of this view and views below it.
@@ -22,6 +27,18 @@ impl Store {
         value: &[u8],
         deadline: Deadline,
     ) -> Result<Vec<Vec<u8>>> {
+        self.gather_from_living(name, (rank, world), value, deadline, &Vec::new)
+    }
+
+    /// Like [`gather`](Store::gather), but waits for no rank that is `gone`.
+    pub fn gather_from_living(
+        &self,
+        name: &str,
+        (rank, world): (u32, u32),
+        value: &[u8],
+        deadline: Deadline,
+        gone: &dyn Fn() -> Vec<Absent>,
+    ) -> Result<Vec<Vec<u8>>> {
         if rank >= world {
             return Err(Error::Argument {
                 rank,
@@ -36,21 +53,77 @@ impl Store {
                 rank,
             });
         }
-        match self.collect(&format!("{name}/"), world, deadline)? {
-            Ok(values) => Ok(values),
-            Err(ranks) => Err(Error::Missing {
+        let keys = format!("{name}/");
+        loop {
+            let look = Deadline::after(deadline.remaining().min(LOOK));
+            let missing = match self.collect(&keys, world, look)? {
+                Ok(values) => return Ok(values),
+                Err(missing) => missing,
+            };
+            let gone: Vec<Absent> = gone()
+                .into_iter()
+                .filter(|absent| missing.contains(&absent.rank))
+                .collect();
+            let late = deadline.remaining().is_zero();
+            if !late && gone.is_empty() {
+                continue;
+            }
+            // Whoever is gone may have given its value just before.
+            let Err(missing) = self.collect(&keys, world, Deadline::after(Duration::ZERO))? else {
+                continue;
+            };
+            let find = |rank| gone.iter().find(|absent| absent.rank == rank).cloned();
+            return Err(Error::Missing {
                 what: format!("`{}{name}`", self.prefix()),
                 world,
-                waited: deadline.limit(),
-                missing: ranks
+                waited: deadline.limit().saturating_sub(deadline.remaining()),
+                missing: missing
                     .into_iter()
-                    .map(|rank| Absent {
-                        rank,
-                        host: self.host_of(rank),
-                        how: Absence::NeverCame,
+                    .map(|rank| {
+                        find(rank).unwrap_or_else(|| Absent {
+                            rank,
+                            host: self.host_of(rank),
+                            how: Absence::NeverCame,
+                        })
                     })
                     .collect(),
-            }),
+            });
+        }
+    }
+
+    /// Waits for a value that rank `from` of `world` gives, as long as that rank is not `gone`.
+    pub fn get_from(
+        &self,
+        key: &str,
+        (from, world): (u32, u32),
+        deadline: Deadline,
+        gone: &dyn Fn() -> Vec<Absent>,
+    ) -> Result<Vec<u8>> {
+        loop {
+            let look = Deadline::after(deadline.remaining().min(LOOK));
+            match self.get(key, look) {
+                Err(Error::KeyTimeout { .. }) if !deadline.remaining().is_zero() => {}
+                Err(Error::KeyTimeout { key, address, .. }) => {
+                    return Err(Error::KeyTimeout {
+                        key,
+                        address,
+                        waited: deadline.limit(),
+                    });
+                }
+                answer => return answer,
+            }
+            let dead = gone().into_iter().find(|absent| absent.rank == from);
+            if let Some(dead) = dead {
+                if let Some(value) = self.try_get(key)? {
+                    return Ok(value);
+                }
+                return Err(Error::Missing {
+                    what: format!("`{}{key}`", self.prefix()),
+                    world,
+                    waited: deadline.limit().saturating_sub(deadline.remaining()),
+                    missing: vec![dead],
+                });
+            }
         }
     }
 
