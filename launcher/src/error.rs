@@ -150,6 +150,31 @@ pub enum Error {
         /// The arithmetic, and the sizes that fit.
         reason: String,
     },
+    /// A run has too few steps to plan from.
+    #[error(
+        "run {run} has {steps} steps after its first ones where a plan needs {needed}: let it go \
+         on, or give --step-seconds"
+    )]
+    NotMeasured {
+        /// The run.
+        run: String,
+        /// Steps that count.
+        steps: usize,
+        /// Steps needed.
+        needed: usize,
+    },
+    /// The devices' links are not described, or not enough.
+    #[error(
+        "link `{text}`: {reason}; give one of {}, or rates in GB/s such as \
+         gpus=8,inside=476,between=331",
+        crate::scaling::Link::names()
+    )]
+    Link {
+        /// What was asked for.
+        text: String,
+        /// What is wrong with it.
+        reason: String,
+    },
 }
 
 impl Error {
@@ -166,6 +191,8 @@ impl Error {
             | Self::NoServerBinary { .. }
             | Self::ServerBusy { .. }
             | Self::WorldSize { .. }
+            | Self::Link { .. }
+            | Self::NotMeasured { .. }
             | Self::Damaged { .. } => ErrorClass::User,
             Self::File { source, .. } | Self::System { source, .. } => match source.kind() {
                 io::ErrorKind::NotFound

@@ -27,6 +27,8 @@
 //! | [`plan`] | size, time and cost before the start |
 //! | [`process`] | how processes end and whether they live |
 //! | [`run_dir`] | `runs/<recipe>/<id>/`, found again by the same command |
+//! | [`scaling`] | a step on more devices, predicted from one |
+//! | [`simulation`] | a run with failures in fast motion, and the checkpoint interval |
 //! | [`supervisor`] | brings a run to its end |
 //!
 //! ```
@@ -58,7 +60,9 @@ pub mod plan;
 mod ports;
 pub mod process;
 pub mod run_dir;
+pub mod scaling;
 mod signals;
+pub mod simulation;
 pub mod supervisor;
 
 pub use config::{Config, Engine, ObjectServerKind};
@@ -73,4 +77,6 @@ pub use parent_death::{die_with, die_with_launcher};
 pub use plan::{Plan, PlanInput, StepTime};
 pub use process::{Exit, ProcessId};
 pub use run_dir::{Meeting, RunDir, RunRecord, RunRequest};
+pub use scaling::{Advice, Link, Measured, Prediction, Remedy, ScalingModel, Workload};
+pub use simulation::{Candidate, Choice, Saving, Scenario, Trouble};
 pub use supervisor::{Job, Observer, Outcome, StopHandle, Supervisor};

@@ -162,6 +162,15 @@ pub enum Event {
         /// Indices in the sample order, sorted.
         samples: Vec<u64>,
     },
+    /// What the datasets have given so far against what the recipe wants, at every checkpoint.
+    Mixture {
+        /// Optimizer steps done.
+        step: u64,
+        /// Samples of the run so far, over all generations.
+        samples: u64,
+        /// By dataset.
+        datasets: BTreeMap<String, MixtureShare>,
+    },
     /// The run or this process ends.
     End {
         /// Exit code.
@@ -190,6 +199,7 @@ impl Event {
             Self::StoreRecovered { .. } => "store_recovered",
             Self::GradientExchange { .. } => "gradient_exchange",
             Self::SampleAudit { .. } => "sample_audit",
+            Self::Mixture { .. } => "mixture",
             Self::End { .. } => "end",
         }
     }
@@ -269,6 +279,17 @@ pub struct StepEvent {
     pub phases: BTreeMap<String, f64>,
     /// Samples of this step by dataset.
     pub datasets: BTreeMap<String, u64>,
+}
+
+/// What one dataset has given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct MixtureShare {
+    /// Samples so far.
+    pub samples: u64,
+    /// Their share of all samples so far, 0 to 1.
+    pub share: f64,
+    /// The share that the recipe's weights ask for.
+    pub target: f64,
 }
 
 /// A checkpoint that was passed over at restore.
@@ -453,6 +474,18 @@ mod tests {
                 own_hash: "ab".into(),
                 reduced_hash: "cd".into(),
             },
+            Event::Mixture {
+                step: 9,
+                samples: 72,
+                datasets: BTreeMap::from([(
+                    "lift".into(),
+                    MixtureShare {
+                        samples: 18,
+                        share: 0.25,
+                        target: 0.26,
+                    },
+                )]),
+            },
             Event::End {
                 exit_code: 85,
                 reason: "preempted".into(),
@@ -472,7 +505,7 @@ mod tests {
             assert_eq!(serde_json::from_str::<Record>(&text).unwrap(), before);
             kinds.insert(before.event.kind());
         }
-        assert_eq!(kinds.len(), 15);
+        assert_eq!(kinds.len(), 16);
     }
 
     #[test]

@@ -52,7 +52,9 @@ pub use budget::Budget;
 pub use config::{Config, Sink};
 pub use error::Error;
 pub use event_log::EventLog;
-pub use events::{Event, PlanEvent, Record, SkippedCheckpoint, SpaceError, StartEvent, StepEvent};
+pub use events::{
+    Event, MixtureShare, PlanEvent, Record, SkippedCheckpoint, SpaceError, StartEvent, StepEvent,
+};
 pub use progress::Progress;
 pub use reader::{Tail, read_events};
 pub use summary::{NextCommand, summary};

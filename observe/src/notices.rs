@@ -13,7 +13,8 @@ pub(crate) fn notice(record: &Record) -> Option<String> {
         | Event::Step(_)
         | Event::Budget { .. }
         | Event::GradientExchange { .. }
-        | Event::SampleAudit { .. } => return None,
+        | Event::SampleAudit { .. }
+        | Event::Mixture { .. } => return None,
         Event::Start(start) => {
             if record.rank.is_some_and(|rank| rank != 0) {
                 return None;

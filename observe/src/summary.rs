@@ -1,8 +1,12 @@
 //! The text at the end of a run: what came out, where the time went, what to do next.
 
+use crate::events::MixtureShare;
 use crate::notices::space_error;
 use crate::units;
 use crate::view::RunView;
+
+/// Most datasets whose shares are listed.
+const SHARES: usize = 6;
 
 /// A command worth running next.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +25,7 @@ pub fn summary(view: &RunView, next: &[NextCommand]) -> String {
     if let Some(text) = time_shares(view) {
         lines.push(format!("  where the time went: {text}"));
     }
+    mixture(view, &mut lines);
     if let Some((step, workers)) = view.exchange_proved() {
         lines.push(format!(
             "  workers: {workers} exchanged gradients (own ones differ, the reduced one is the \
@@ -117,6 +122,34 @@ fn held_out(view: &RunView, lines: &mut Vec<String>) {
     }
 }
 
+/// The datasets whose share is farthest from its target, at most [`SHARES`].
+fn mixture(view: &RunView, lines: &mut Vec<String>) {
+    let Some((samples, datasets)) = &view.mixture else {
+        return;
+    };
+    let distance = |share: &MixtureShare| (share.share - share.target).abs();
+    let mut farthest: Vec<_> = datasets.iter().collect();
+    farthest.sort_by(|a, b| distance(b.1).total_cmp(&distance(a.1)));
+    lines.push(format!(
+        "  mixture of {}, share (target){}:",
+        units::counted(*samples, "sample", "samples"),
+        match datasets.len() {
+            count if count > SHARES => format!(", {SHARES} of {count} datasets, farthest first"),
+            _ => String::new(),
+        }
+    ));
+    farthest.truncate(SHARES);
+    let width = farthest.iter().map(|(name, _)| name.len()).max();
+    let width = width.unwrap_or(0);
+    for (name, share) in farthest {
+        lines.push(format!(
+            "    {name:width$}  {:.2}% ({:.2}%)",
+            100.0 * share.share,
+            100.0 * share.target
+        ));
+    }
+}
+
 fn time_shares(view: &RunView) -> Option<String> {
     let shares: Vec<String> = view
         .phase_shares()
@@ -157,6 +190,14 @@ mod tests {
                 Some(0)
             },
             event,
+        }
+    }
+
+    fn share(samples: u64, target: f64) -> MixtureShare {
+        MixtureShare {
+            samples,
+            share: samples as f64 / 1600.0,
+            target,
         }
     }
 
@@ -234,6 +275,17 @@ mod tests {
                 },
             ),
             at(
+                191,
+                Event::Mixture {
+                    step: 200,
+                    samples: 1600,
+                    datasets: BTreeMap::from([
+                        ("lift".into(), share(1199, 0.75)),
+                        ("stack_long".into(), share(401, 0.25)),
+                    ]),
+                },
+            ),
+            at(
                 192,
                 Event::End {
                     exit_code: 0,
@@ -262,6 +314,9 @@ run 20260102-030405-a1b2c3d4: done (exit 0)
     lift        0.4100 (mean predictor 1.0000, single samples 1.5000): 59% better than always answering the mean; 2 episodes, 90 chunks
     stack_long  1.0200 (mean predictor 1.0000, single samples 1.5000): no better than always answering the mean; 2 episodes, 90 chunks
   where the time went: forward 60%, backward 30%, data 10%
+  mixture of 1,600 samples, share (target):
+    lift        74.94% (75.00%)
+    stack_long  25.06% (25.00%)
   storage: 1 retry, 1 operation recovered after 1.2s of waiting
   checkpoint: s3://pollen/demo/checkpoints/step-00000200/g2 (step 200, 3.0 MiB)
 next:
@@ -269,6 +324,18 @@ next:
   go on  make pretrain SET=\"train.steps=400\"
 ";
         assert_eq!(summary(&RunView::of(&records()), &next), expected);
+    }
+
+    #[test]
+    fn of_many_datasets_those_off_their_target_are_named() {
+        let mut view = RunView::default();
+        let datasets = (0..9).map(|i| (format!("d{i}"), share(100 + 20 * (i % 5), 0.1)));
+        view.mixture = Some((1600, datasets.collect()));
+        let text = summary(&view, &[]);
+        assert!(text.contains("6 of 9 datasets, farthest first"), "{text}");
+        let first = text.lines().find(|line| line.contains("    d"));
+        assert_eq!(first, Some("    d0  6.25% (10.00%)"), "{text}");
+        assert_eq!(text.matches("(10.00%)").count(), 6);
     }
 
     #[test]

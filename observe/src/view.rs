@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::SystemTime;
 
 use crate::budget::Budget;
-use crate::events::{Event, PlanEvent, Record, SpaceError, StartEvent, StepEvent};
+use crate::events::{Event, MixtureShare, PlanEvent, Record, SpaceError, StartEvent, StepEvent};
 
 /// Steps over which the pace is measured.
 const PACE_WINDOW: usize = 32;
@@ -72,6 +72,8 @@ pub struct RunView {
     pub store_waited_s: f64,
     /// The latest held-out errors and their step.
     pub eval: Option<(u64, BTreeMap<String, SpaceError>)>,
+    /// What the datasets have given: samples in all, and by dataset.
+    pub mixture: Option<(u64, BTreeMap<String, MixtureShare>)>,
     /// The latest gradient exchange: its step and each rank's hashes.
     pub exchange: Option<(u64, BTreeMap<u32, ExchangeView>)>,
     /// Exit code and reason, once the run has ended.
@@ -129,6 +131,9 @@ impl RunView {
                 self.end = None;
             }
             Event::Eval { step, spaces } if leads => self.eval = Some((*step, spaces.clone())),
+            Event::Mixture {
+                samples, datasets, ..
+            } if leads => self.mixture = Some((*samples, datasets.clone())),
             Event::StoreRetry { .. } => self.num_store_retries += 1,
             Event::StoreRecovered { waited_s, .. } => {
                 self.num_store_recovered += 1;
