@@ -31,15 +31,18 @@ pub(crate) struct ColumnNames {
     pub(crate) state: String,
 }
 
-/// Rows of numbers, each `width` wide.
+/// Rows of numbers.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Rows {
-    pub(crate) width: usize,
-    pub(crate) values: Vec<f32>,
+pub struct Rows {
+    /// Dimensions of a row.
+    pub width: usize,
+    /// The values, [rows, width].
+    pub values: Vec<f32>,
 }
 
 impl Rows {
-    pub(crate) fn row(&self, row: usize) -> &[f32] {
+    /// Returns one row, `width` values.
+    pub fn row(&self, row: usize) -> &[f32] {
         &self.values[row * self.width..(row + 1) * self.width]
     }
 
@@ -50,12 +53,17 @@ impl Rows {
 
 /// The low-dimensional columns of consecutive rows of a file.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(crate) struct Columns {
-    pub(crate) action: Rows,
-    pub(crate) state: Rows,
-    pub(crate) episode: Vec<u64>,
-    pub(crate) frame: Vec<u64>,
-    pub(crate) task: Vec<u64>,
+pub struct Columns {
+    /// Actions, stored or transformed.
+    pub action: Rows,
+    /// Proprioception; of width 0 where there is none.
+    pub state: Rows,
+    /// Number of each row's episode.
+    pub episode: Vec<u64>,
+    /// Number of each row in its episode.
+    pub frame: Vec<u64>,
+    /// Number of each row's task.
+    pub task: Vec<u64>,
 }
 
 impl Columns {
@@ -112,6 +120,16 @@ impl Columns {
         }
         for numbers in [&mut self.episode, &mut self.frame, &mut self.task] {
             *numbers = numbers.split_off(rows);
+        }
+    }
+
+    /// Drops all but the first rows.
+    pub(crate) fn truncate(&mut self, rows: usize) {
+        for column in [&mut self.action, &mut self.state] {
+            column.values.truncate(rows * column.width);
+        }
+        for numbers in [&mut self.episode, &mut self.frame, &mut self.task] {
+            numbers.truncate(rows);
         }
     }
 

@@ -61,6 +61,11 @@ pub struct DataConfig {
     pub chunk_length: ChunkLength,
     /// Samples of a run that cannot be loaded (corrupt image or file, missing object, an action that
     /// is no number) and are left out of the loss, each recorded, before the run stops.
+    ///
+    /// Every occurrence counts, so a bad frame counts again in the next epoch: the number is a sum
+    /// that ranks add up each step and a checkpoint carries, the same for every number of ranks and
+    /// after every restart, and it bounds the share of training that is lost. Distinct frames would
+    /// need a set that all ranks agree on and every checkpoint holds.
     #[serde(default = "defaults::max_bad_samples")]
     pub max_bad_samples: u64,
     /// Path of the tokenizer (`tokenizer.json`).

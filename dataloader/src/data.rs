@@ -6,6 +6,7 @@ use pollen_core::{ActionSpace, ErrorClass, Seed};
 use pollen_processing::{Image, ImageContract, ObservationContract, ResizeKind, Resizer};
 use pollen_storage::Storage;
 
+use crate::bad_row_groups::BadRowGroups;
 use crate::batch::{BadSample, BatchDims, HostBatch, ModelShape};
 use crate::byte_cache::{ByteCache, HeldBytes, Owner, Pinned};
 use crate::config::{ChunkLength, DataConfig};
@@ -32,6 +33,7 @@ pub struct Data {
     texts: Texts,
     resizer: Resizer,
     row_groups: Arc<RowGroups>,
+    bad_row_groups: BadRowGroups<Key>,
     footers: Arc<Footers>,
 }
 
@@ -126,6 +128,7 @@ impl Data {
         Ok(Self {
             resizer: Resizer::new(config.resize, config.image_size),
             row_groups: Arc::new(ByteCache::new(cache_bytes - cache_bytes / PARTS)),
+            bad_row_groups: BadRowGroups::default(),
             footers: shared.footers,
             config: config.clone(),
             shape,
@@ -255,6 +258,11 @@ impl Data {
         pinned
             .get(key, || Box::pin(dataset.open_row_group(key.1)))
             .await
+    }
+
+    /// Returns the row groups that could not be read.
+    pub(crate) fn bad_row_groups(&self) -> &BadRowGroups<Key> {
+        &self.bad_row_groups
     }
 
     pub(crate) fn empty_batch(&self, samples: &[(u64, SampleRef)]) -> HostBatch {

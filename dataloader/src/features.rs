@@ -49,10 +49,7 @@ pub(crate) fn feature_faults(
             ));
         }
     }
-    let width = |feature: Option<Feature>| {
-        let shape = feature.map_or(vec![0], |feature| feature.shape);
-        shape.iter().fold(1, |all: usize, &n| all.saturating_mul(n))
-    };
+    let width = |feature: Option<Feature>| feature.map_or(0, |feature| feature.width());
     let stored = action.is_some();
     for (what, feature, fields) in [
         ("action", &action, &config.source.action),

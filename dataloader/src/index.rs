@@ -86,25 +86,8 @@ pub(crate) async fn load_sidecar(
 ) -> Result<Sidecar> {
     let objects = data_files(storage, dataset).await?;
     let kept = local_path(index_dir, &storage.url(), dataset, &objects);
-    let stored = match storage.get(SIDECAR_PATH).await {
-        Ok(text) => Some((text.to_vec(), format!("{}/{SIDECAR_PATH}", storage.url()))),
-        Err(error) if error.is_not_found() => std::fs::read(&kept)
-            .ok()
-            .map(|text| (text, kept.display().to_string())),
-        Err(source) => {
-            return Err(Error::Storage {
-                dataset: dataset.into(),
-                source,
-            });
-        }
-    };
-    if let Some((text, path)) = stored {
-        let sidecar = Sidecar::parse(&text).map_err(|reason| Error::File {
-            dataset: dataset.into(),
-            path,
-            reason,
-        })?;
-        check_unchanged(dataset, &sidecar, metadata, &objects)?;
+    let found = stored_sidecar(storage, dataset, metadata, &objects, &kept).await?;
+    if let Some(sidecar) = found {
         if sidecar.transform == *transform {
             return Ok(sidecar);
         }
@@ -115,6 +98,47 @@ pub(crate) async fn load_sidecar(
     let sidecar = index_dataset(storage, dataset, transform).await?;
     keep(storage, dataset, SIDECAR_PATH, &kept, sidecar.to_json()).await;
     Ok(sidecar)
+}
+
+/// Returns the sidecar that is kept beside the dataset or at `kept`, if there is one; one of other
+/// data is refused.
+pub(crate) async fn stored_sidecar(
+    storage: &Storage,
+    dataset: &str,
+    metadata: &Metadata,
+    objects: &[StoredFile],
+    kept: &Path,
+) -> Result<Option<Sidecar>> {
+    let stored = find_kept(storage, dataset, SIDECAR_PATH, kept).await?;
+    let Some((text, path)) = stored else {
+        return Ok(None);
+    };
+    let sidecar = Sidecar::parse(&text).map_err(|reason| Error::File {
+        dataset: dataset.into(),
+        path,
+        reason,
+    })?;
+    check_unchanged(dataset, &sidecar, metadata, objects)?;
+    Ok(Some(sidecar))
+}
+
+/// Returns a file that [`keep`] stored, and where it was found.
+async fn find_kept(
+    storage: &Storage,
+    dataset: &str,
+    path: &str,
+    local: &Path,
+) -> Result<Option<(Vec<u8>, String)>> {
+    match storage.get(path).await {
+        Ok(text) => Ok(Some((text.to_vec(), format!("{}/{path}", storage.url())))),
+        Err(error) if error.is_not_found() => Ok(std::fs::read(local)
+            .ok()
+            .map(|text| (text, local.display().to_string()))),
+        Err(source) => Err(Error::Storage {
+            dataset: dataset.into(),
+            source,
+        }),
+    }
 }
 
 /// Stores a file beside the dataset, or locally where that cannot be written to.
@@ -133,7 +157,7 @@ async fn keep(storage: &Storage, dataset: &str, path: &str, local: &Path, text: 
 
 /// Returns the statistics for another transform than the index was made with: kept ones, or taken
 /// now. Kept ones that are not of this data and this transform are refused.
-async fn load_statistics(
+pub(crate) async fn load_statistics(
     storage: &Storage,
     dataset: &str,
     metadata: &Metadata,
@@ -141,53 +165,59 @@ async fn load_statistics(
     transform: &ColumnTransform,
     kept: &Path,
 ) -> Result<Statistics> {
-    let path = Statistics::path(transform);
-    let local = kept.with_extension(format!("{}.json", &transform.hash[..16]));
-    let stored = match storage.get(&path).await {
-        Ok(text) => Some((text.to_vec(), format!("{}/{path}", storage.url()))),
-        Err(error) if error.is_not_found() => std::fs::read(&local)
-            .ok()
-            .map(|text| (text, local.display().to_string())),
-        Err(source) => {
-            return Err(Error::Storage {
-                dataset: dataset.into(),
-                source,
-            });
-        }
+    let place = StatisticsPlace {
+        path: Statistics::path(transform),
+        local: kept.with_extension(format!("{}.json", &transform.hash[..16])),
     };
-    if let Some((text, path)) = stored {
-        let statistics = Statistics::parse(&text).and_then(|statistics| {
-            match statistics.mismatch(&sidecar.dataset_hash, transform) {
-                None => Ok(statistics),
-                Some(reason) => Err(reason),
-            }
-        });
-        return statistics.map_err(|reason| Error::Statistics {
-            dataset: dataset.into(),
-            path,
-            reason,
-        });
-    }
-    tracing::info!(
-        dataset,
-        "taking statistics for another transform than the index was made with"
-    );
     let files = sidecar.files.iter();
     let files = files.map(|file| (file.path.clone(), file.bytes));
     let hash = sidecar.dataset_hash.clone();
-    let taken = take_statistics(storage, dataset, hash, files, &metadata.tasks, transform).await?;
-    let text = taken.to_json();
-    // Numbers as a later start will read them, to the last bit.
-    let taken = Statistics::parse(&text).map_err(|reason| Error::Statistics {
-        dataset: dataset.into(),
-        path: path.clone(),
-        reason,
-    })?;
-    keep(storage, dataset, &path, &local, text).await;
-    Ok(taken)
+    let how = (&*metadata.tasks, transform);
+    place.find_or_take(storage, dataset, hash, files, how).await
 }
 
-async fn data_files(storage: &Storage, dataset: &str) -> Result<Vec<StoredFile>> {
+/// Where statistics are kept.
+pub(crate) struct StatisticsPlace {
+    /// Beside the dataset.
+    pub(crate) path: String,
+    /// On this machine, if the dataset's folder cannot be written to.
+    pub(crate) local: PathBuf,
+}
+
+impl StatisticsPlace {
+    /// Returns the statistics kept here, or takes them now and keeps them. Kept ones of other data
+    /// (`hash`) or another transform are refused.
+    pub(crate) async fn find_or_take(
+        &self,
+        storage: &Storage,
+        dataset: &str,
+        hash: String,
+        files: impl Iterator<Item = (String, u64)>,
+        (tasks, transform): (&[String], &ColumnTransform),
+    ) -> Result<Statistics> {
+        let refused = |path: &str, reason: String| Error::Statistics {
+            dataset: dataset.into(),
+            path: path.into(),
+            reason,
+        };
+        if let Some((text, from)) = find_kept(storage, dataset, &self.path, &self.local).await? {
+            let kept = Statistics::parse(&text).map_err(|reason| refused(&from, reason))?;
+            return match kept.mismatch(&hash, transform) {
+                None => Ok(kept),
+                Some(reason) => Err(refused(&from, reason)),
+            };
+        }
+        tracing::info!(dataset, "taking statistics: reading every column once");
+        let taken = take_statistics(storage, dataset, hash, files, tasks, transform).await?;
+        let text = taken.to_json();
+        // Numbers as a later reader will see them, to the last bit.
+        let taken = Statistics::parse(&text).map_err(|reason| refused(&self.path, reason))?;
+        keep(storage, dataset, &self.path, &self.local, text).await;
+        Ok(taken)
+    }
+}
+
+pub(crate) async fn data_files(storage: &Storage, dataset: &str) -> Result<Vec<StoredFile>> {
     let objects = parquet_files(storage, dataset, "data").await?;
     if objects.is_empty() {
         return Err(Error::File {
@@ -200,7 +230,12 @@ async fn data_files(storage: &Storage, dataset: &str) -> Result<Vec<StoredFile>>
 }
 
 /// Names the local copy after all that the listing shows, so that a stale one is not found.
-fn local_path(index_dir: &Path, url: &str, dataset: &str, objects: &[StoredFile]) -> PathBuf {
+pub(crate) fn local_path(
+    index_dir: &Path,
+    url: &str,
+    dataset: &str,
+    objects: &[StoredFile],
+) -> PathBuf {
     let mut hash = Sha256::new();
     hash.update(url.as_bytes());
     for object in objects {

@@ -30,6 +30,9 @@ pub struct Info {
     pub total_episodes: u64,
     /// Number of frames.
     pub total_frames: u64,
+    /// What robot it was, if the dataset says.
+    #[serde(default)]
+    pub robot_type: Option<String>,
     /// Features by name.
     pub features: BTreeMap<String, Feature>,
 }
@@ -41,6 +44,9 @@ pub struct Feature {
     pub dtype: String,
     /// Shape of one frame's value.
     pub shape: Vec<usize>,
+    /// Names of its dimensions, as writers put them: a list, or a table with one.
+    #[serde(default)]
+    pub names: serde_json::Value,
 }
 
 impl Feature {
@@ -50,6 +56,23 @@ impl Feature {
             [height, width, 3] | [3, height, width] => Some((height, width)),
             _ => None,
         }
+    }
+
+    /// Returns the number of values of one frame.
+    pub fn width(&self) -> usize {
+        let product = |all: usize, &n: &usize| all.saturating_mul(n);
+        self.shape.iter().fold(1, product)
+    }
+
+    /// Returns a name for each dimension of a vector, if the dataset gives them.
+    pub fn dim_names(&self) -> Option<Vec<String>> {
+        let found = match &self.names {
+            serde_json::Value::Object(table) => table.values().next()?,
+            other => other,
+        };
+        let names = found.as_array()?.iter();
+        let names: Option<Vec<String>> = names.map(|n| n.as_str().map(str::to_owned)).collect();
+        names.filter(|names| names.len() == self.width())
     }
 }
 

@@ -12,14 +12,18 @@
 //!
 //! | module | job |
 //! |---|---|
+//! | `bad_row_groups` | row groups that are not fetched for each of their samples |
 //! | [`batch`] | tensors in host memory |
 //! | `byte_cache` | row groups and footers in memory, under a cap |
 //! | [`config`] | the `[data]` section of a recipe |
+//! | `correlation` | how two numbers go together |
 //! | [`data`] | the opened datasets of a run |
 //! | [`dataset`] | one opened dataset |
+//! | [`dataset_check`] | what columns say of grippers, motion, copies, words and rest |
 //! | [`dataset_config`] | one dataset's section of a recipe |
 //! | [`decode`] | JPEG to pixels, on a pool of threads |
 //! | `disk_cache` | row groups on the node's disk, shared by its processes |
+//! | [`dimension_check`] | what is suspicious about values, dimension by dimension |
 //! | [`error`] | what can go wrong |
 //! | `features` | checks a recipe against the stored features |
 //! | [`filter`] | frames that no sample starts at |
@@ -28,10 +32,12 @@
 //! | [`loader`] | one rank's micro-batches; held-out episodes |
 //! | `mean_chunk` | the prediction of a policy that sees nothing |
 //! | [`mixture`] | which dataset a sample comes from; the slice of a rank |
+//! | [`recording`] | single episodes with pictures |
 //! | [`sampler`] | the order inside a dataset |
 //! | [`sidecar`] | `meta/pollen.json` |
 //! | [`statistics`] | statistics by a pass over low-dimensional columns |
 //! | [`summary`] | figures of a mixture |
+//! | [`survey`] | a dataset by its columns alone, without images or index |
 //! | [`transform`] | which columns become actions, and how |
 //!
 //! ```
@@ -51,14 +57,18 @@
 
 #![forbid(unsafe_code)]
 
+mod bad_row_groups;
 pub mod batch;
 mod byte_cache;
 mod columns;
 pub mod config;
+mod correlation;
 pub mod data;
 pub mod dataset;
+pub mod dataset_check;
 pub mod dataset_config;
 pub mod decode;
+pub mod dimension_check;
 mod disk_cache;
 pub mod error;
 mod features;
@@ -72,26 +82,33 @@ mod parquet_file;
 mod pipeline;
 mod prepare;
 mod recent;
+pub mod recording;
 mod row_group;
 pub mod sampler;
 pub mod sidecar;
 pub mod statistics;
 pub mod summary;
+pub mod survey;
 pub mod transform;
 
 pub use batch::{BadSample, BatchDims, HostBatch, ModelShape};
 pub use byte_cache::HeldBytes;
+pub use columns::{Columns, Rows};
 pub use config::{Augment, ChunkLength, DataConfig, DiskCacheConfig, WeightMeaning};
 pub use data::{Data, OpenStorage};
 pub use dataset::Dataset;
+pub use dataset_check::{DatasetCheck, GripperVerdict, Verdict};
 pub use dataset_config::{DatasetConfig, Filters, Frame, Gripper, Instruction, Motion, Source};
+pub use dimension_check::{Dimension, DimensionCheck, Finding};
 pub use error::{Error, Result};
 pub use filter::{FrameFilter, Idle};
 pub use index::index_dataset;
 pub use loader::{HoldoutLoader, Loader, LoaderArgs, check_sizes};
 pub use mixture::{Mixture, MixtureSource};
+pub use recording::{Picture, Recording};
 pub use sampler::{DatasetOrder, ORDER_VERSION, RowGroupFrames, Run, SampleRef};
 pub use sidecar::{SIDECAR_PATH, SIDECAR_VERSION, Sidecar};
 pub use statistics::Statistics;
 pub use summary::{DatasetSummary, Summary};
+pub use survey::Survey;
 pub use transform::ColumnTransform;

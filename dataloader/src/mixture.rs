@@ -124,6 +124,20 @@ impl Mixture {
             .collect()
     }
 
+    /// Returns how many samples each dataset gives before index `index`.
+    pub fn counts_before(&self, index: u64) -> Vec<u64> {
+        let number = index / self.block;
+        let mut counts = self.counts_before_block(number);
+        let rest = (index % self.block) as usize;
+        if rest > 0 {
+            let block = self.blocks.get(number, || self.deal(number));
+            for (dataset, _) in &block[..rest] {
+                counts[*dataset as usize] += 1;
+            }
+        }
+        counts
+    }
+
     /// Returns the sample at `index` of the run.
     pub fn sample(&self, index: u64) -> SampleRef {
         let number = index / self.block;
@@ -341,7 +355,11 @@ mod tests {
                 prop_assert_eq!(&counts, &mixture.counts_before_block(block));
                 let first = block * mixture.block_len();
                 let mut in_block = vec![0_u64; weights.len()];
-                for (_, sample) in mixture.batch_from(first, mixture.block_len() as usize) {
+                for (index, sample) in mixture.batch_from(first, mixture.block_len() as usize) {
+                    if index % 13 == 0 {
+                        let so_far = counts.iter().zip(&in_block).map(|(a, b)| a + b);
+                        prop_assert_eq!(mixture.counts_before(index), so_far.collect::<Vec<_>>());
+                    }
                     in_block[sample.dataset as usize] += 1;
                 }
                 prop_assert!(in_block.iter().all(|&n| n >= 1), "{:?}", in_block);

@@ -56,6 +56,22 @@ pub(crate) async fn read_footer(
     name: &FileName,
     file_bytes: u64,
 ) -> Result<ArrowReaderMetadata> {
+    let bytes = read_footer_bytes(storage, name, file_bytes).await?;
+    let parse = || {
+        let bad = |error: ParquetError| name.bad(error.to_string());
+        let metadata = ParquetMetaDataReader::decode_metadata(&bytes).map_err(bad)?;
+        check_sizes(&metadata, file_bytes).map_err(|reason| name.bad(reason))?;
+        with_views(Arc::new(metadata)).map_err(bad)
+    };
+    no_panic(parse, |said| name.bad(said))
+}
+
+/// Reads the bytes that describe a file: where its columns lie, how long and of what range they are.
+pub(crate) async fn read_footer_bytes(
+    storage: &Storage,
+    name: &FileName,
+    file_bytes: u64,
+) -> Result<Bytes> {
     let failed = |source| name.failed(source);
     let start = file_bytes.saturating_sub(FOOTER_GUESS);
     let tail = storage
@@ -68,21 +84,11 @@ pub(crate) async fn read_footer(
     let footer_start = file_bytes
         .checked_sub(TAIL + footer)
         .ok_or_else(|| name.bad("its footer is longer than the file"))?;
-    let bytes = if footer_start >= start {
-        tail.slice((footer_start - start) as usize..tail.len() - TAIL as usize)
-    } else {
-        storage
-            .get_range(&name.path, footer_start..file_bytes - TAIL)
-            .await
-            .map_err(failed)?
-    };
-    let parse = || {
-        let bad = |error: ParquetError| name.bad(error.to_string());
-        let metadata = ParquetMetaDataReader::decode_metadata(&bytes).map_err(bad)?;
-        check_sizes(&metadata, file_bytes).map_err(|reason| name.bad(reason))?;
-        with_views(Arc::new(metadata)).map_err(bad)
-    };
-    no_panic(parse, |said| name.bad(said))
+    if footer_start >= start {
+        return Ok(tail.slice((footer_start - start) as usize..tail.len() - TAIL as usize));
+    }
+    let footer = storage.get_range(&name.path, footer_start..file_bytes - TAIL);
+    footer.await.map_err(failed)
 }
 
 /// Checks the numbers that readers take for offsets and lengths.

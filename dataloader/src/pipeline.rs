@@ -183,10 +183,19 @@ async fn fetch(
     let opened = try_join_all(keys.into_iter().map(|key| {
         let (data, pinned) = (&data, &pinned);
         async move {
+            let bad = data.bad_row_groups();
+            if let Some(reason) = bad.refuse(key) {
+                return Ok((key, Err(reason)));
+            }
             match data.row_group(key, pinned).await {
-                Ok(opened) => Ok((key, Ok(opened))),
+                Ok(opened) => {
+                    bad.read(key);
+                    Ok((key, Ok(opened)))
+                }
                 Err(error) if error.class() == ErrorClass::Corrupt => {
-                    Ok((key, Err(error.to_string())))
+                    let reason = error.to_string();
+                    bad.failed(key, &reason);
+                    Ok((key, Err(reason)))
                 }
                 Err(error) => Err(error),
             }

@@ -170,7 +170,7 @@ fn decode(
 }
 
 /// Returns the leaf that holds a feature's encoded images: `<feature>.bytes`, or the column itself.
-fn image_leaf(metadata: &ParquetMetaData, feature: &str) -> Option<usize> {
+pub(crate) fn image_leaf(metadata: &ParquetMetaData, feature: &str) -> Option<usize> {
     let leaves = leaves_of(metadata, feature);
     let schema = metadata.file_metadata().schema_descr();
     match leaves[..] {

@@ -182,7 +182,7 @@ pub(crate) fn dataset_hash(fps: f64, tasks: &[String], files: &[DataFile]) -> St
     hash_lines(lines.iter().map(String::as_str))
 }
 
-fn hash_lines<'a>(lines: impl IntoIterator<Item = &'a str>) -> String {
+pub(crate) fn hash_lines<'a>(lines: impl IntoIterator<Item = &'a str>) -> String {
     let mut hash = Sha256::new();
     for line in lines {
         hash.update(line.as_bytes());

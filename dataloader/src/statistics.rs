@@ -8,7 +8,7 @@ use crate::columns::{ColumnNames, Columns, Rows, read_columns};
 use crate::error::{Error, Result};
 use crate::filter::RowRun;
 use crate::parquet_file::{FileName, read_footer};
-use crate::sidecar::left_out_fault;
+use crate::sidecar::{Sidecar, left_out_fault};
 use crate::transform::ColumnTransform;
 
 /// Version of the file of [`Statistics`].
@@ -36,6 +36,18 @@ pub struct Statistics {
 }
 
 impl Statistics {
+    /// Returns what an index holds of them.
+    pub(crate) fn of_sidecar(sidecar: Sidecar) -> Self {
+        Self {
+            version: VERSION,
+            dataset_hash: sidecar.dataset_hash,
+            transform: sidecar.transform,
+            action: sidecar.action,
+            proprio: sidecar.proprio,
+            left_out: sidecar.left_out,
+        }
+    }
+
     /// Returns the path of the file inside a dataset.
     pub(crate) fn path(transform: &ColumnTransform) -> String {
         format!("meta/pollen-{}.json", &transform.hash[..16])

@@ -335,3 +335,51 @@ fn a_full_loader_blocks_nobody() {
         .recv_timeout(std::time::Duration::from_mins(2))
         .expect("somebody waits for ever");
 }
+
+#[test]
+fn a_broken_row_group_is_not_fetched_for_each_of_its_samples() {
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = runtime();
+    let spec = Spec {
+        rows_per_group: 100,
+        ..spec()
+    };
+    spec.write(dir.path());
+    let mut config = config(dir.path(), std::slice::from_ref(&spec));
+    // No room beside one micro-batch's row groups: whoever needs one again must fetch it again.
+    config.cache_bytes = bytesize::ByteSize::b(8);
+    let read_by_an_epoch = || {
+        let first = std::sync::Mutex::new(None);
+        let open = |url: &str| {
+            let storage = crate::support::open_storage(url)?;
+            first.lock().unwrap().get_or_insert(storage.clone());
+            Ok(storage)
+        };
+        let spaces = crate::support::spaces();
+        let data = Data::open(&config, &spaces, crate::support::SHAPE, &open);
+        let data = Arc::new(runtime.block_on(data).unwrap());
+        let storage = first.lock().unwrap().clone().unwrap();
+        let before = storage.counters().bytes_read;
+        let (bad, _) = epoch(&runtime, &data, &spec);
+        let group = data.datasets()[0].sidecar().files[0].row_groups[0].clone();
+        (bad, storage.counters().bytes_read - before, group)
+    };
+    let (none, healthy, group) = read_by_an_epoch();
+    assert!(none.is_empty() && group.rows == 71, "{group:?}");
+    edit(&data_file(dir.path(), 0), |bytes| bytes[3000] ^= 1);
+    let (bad, broken, _) = read_by_an_epoch();
+    assert!(
+        bad.len() >= 40,
+        "{} samples of {} rows",
+        bad.len(),
+        group.rows
+    );
+    assert_bad(&bad, &["crc32c"]);
+    // At most four samples a micro-batch: at least ten of them needed the group, and each fetched it
+    // while it was whole; broken, it is fetched for the 1st, 2nd, 4th and 8th.
+    let saved = healthy - broken;
+    assert!(
+        saved >= 5 * group.bytes,
+        "{saved} bytes of {healthy}, {group:?}"
+    );
+}

@@ -14,5 +14,6 @@ mod memory;
 mod order;
 mod order_properties;
 mod support;
+mod survey;
 mod transform;
 mod web;

@@ -96,3 +96,88 @@ fn a_cap_below_a_micro_batch_holds_one_micro_batch() {
     assert!(held.peak <= largest.unwrap(), "{held:?}, {largest:?}");
     assert!(held.peak > largest.unwrap() / 4);
 }
+
+/// Proportional set size of this process in bytes.
+fn pss() -> u64 {
+    let rollup = std::fs::read_to_string("/proc/self/smaps_rollup").unwrap();
+    let line = rollup
+        .lines()
+        .find(|line| line.starts_with("Pss:"))
+        .unwrap();
+    let kib = line.split_whitespace().nth(1).unwrap();
+    1024 * kib.parse::<u64>().unwrap()
+}
+
+/// `make bench-memory`; prints its figures for docs/benchmarks.md.
+#[test]
+#[ignore = "a million samples take many minutes"]
+#[expect(clippy::print_stdout, reason = "the figures of a measurement")]
+fn a_million_samples_leave_memory_flat() {
+    const SAMPLES: usize = 1_000_000;
+    const BATCH: usize = 80;
+    const STOPS: usize = 20;
+    let dir = tempfile::tempdir().unwrap();
+    let runtime = runtime();
+    let longer = |spec| Spec {
+        rows_per_group: 25,
+        episodes: vec![120; 20],
+        episodes_per_file: 4,
+        ..spec
+    };
+    let specs: Vec<Spec> = specs().into_iter().map(longer).collect();
+    for spec in &specs {
+        spec.write(dir.path());
+    }
+    let mut small = config(dir.path(), &specs);
+    small.cameras.truncate(1);
+    small.image_size = 16;
+    small.cache_bytes = ByteSize::mib(8);
+    small.prefetch_batches = 4;
+    let data = open(&runtime, &small).unwrap();
+    let files = data.datasets().iter().flat_map(|d| &d.sidecar().files);
+    let all: u64 = files.map(|file| file.bytes).sum();
+    assert!(all > 10 * small.cache_bytes.as_u64(), "{all} bytes in all");
+    let seed = Seed::new(11);
+    let args = pollen_dataloader::LoaderArgs {
+        mixture: Arc::new(data.mixture(seed).unwrap()),
+        data: Arc::clone(&data),
+        seed,
+        rank: 0,
+        world_size: 1,
+        global_batch: BATCH,
+        micro_batch: BATCH,
+        first_sample: 0,
+    };
+    let mut loader = pollen_dataloader::Loader::start(args, runtime.handle()).unwrap();
+    let mut seen = Vec::new();
+    for stop in 0..STOPS {
+        for _ in 0..SAMPLES / STOPS / BATCH {
+            let batch = loader.next_micro_batch().unwrap();
+            assert!(batch.bad.is_empty(), "{:?}", batch.bad);
+        }
+        seen.push(pss());
+        let (groups, footers) = data.held_bytes();
+        let held = groups.peak + footers.peak;
+        assert!(held <= small.cache_bytes.as_u64(), "{groups:?} {footers:?}");
+        println!(
+            "{} samples: PSS {:.1} MB, row groups and footers at most {:.2} of {:.2} MB",
+            (stop + 1) * SAMPLES / STOPS,
+            seen[stop] as f64 / 1e6,
+            held as f64 / 1e6,
+            small.cache_bytes.as_u64() as f64 / 1e6
+        );
+    }
+    println!(
+        "data: {:.0} MB in {} datasets",
+        all as f64 / 1e6,
+        specs.len()
+    );
+    // Threads, their stacks and the allocator's arenas come first and slowly; a loader that kept a
+    // hundred bytes of each sample would gain 50 MB here.
+    let early = seen[..STOPS / 2].iter().max().unwrap();
+    let late = seen[STOPS / 2..].iter().max().unwrap();
+    assert!(
+        *late <= early + (4 << 20),
+        "{early} bytes of PSS became {late}"
+    );
+}
