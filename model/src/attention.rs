@@ -3,9 +3,9 @@
 //! Legend: B batch, H heads, Q queries, K keys, E width of a head, D = H * E.
 
 use burn::tensor::activation::softmax;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
-use crate::layers::dropout;
+use crate::layers::{dropout, like, to};
 
 /// Added to the logit of a key that must not be attended. Finite, so that a row in which every
 /// key is hidden stays free of NaN.
@@ -28,7 +28,7 @@ impl Dropped {
     };
 }
 
-/// Returns `softmax(q k^T / sqrt(E) + bias) v`.
+/// Returns `softmax(q k^T / sqrt(E) + bias) v`; bias and softmax in f32.
 ///
 /// # Shapes
 /// - `q_BHQE`, `k_BHKE`, `v_BHKE`
@@ -42,12 +42,12 @@ pub(crate) fn attend(
     dropped: Dropped,
 ) -> Tensor<4> {
     let scale = 1.0 / (q_BHQE.dims()[3] as f64).sqrt();
-    let mut logits_BHQK = (q_BHQE * scale).matmul(k_BHKE.transpose());
+    let mut logits_BHQK = to((q_BHQE * scale).matmul(k_BHKE.transpose()), DType::F32);
     if let Some(bias) = bias {
         logits_BHQK = logits_BHQK + bias;
     }
-    let probabilities = dropout(softmax(logits_BHQK, 3), dropped.rate, dropped.train);
-    probabilities.matmul(v_BHKE)
+    let probabilities = like(softmax(logits_BHQK, 3), &v_BHKE);
+    dropout(probabilities, dropped.rate, dropped.train).matmul(v_BHKE)
 }
 
 /// Splits the width in heads: `[B, T, D] -> [B, H, T, E]`.

@@ -11,7 +11,7 @@ use pollen_core::Seed;
 
 use crate::attention::{Dropped, attend, causal, join_heads, split_heads};
 use crate::config::{LanguageConfig, POSITION_OFFSET};
-use crate::layers::{Embedding, LayerNorm, Linear, Mlp, dropout, fork, reseed};
+use crate::layers::{Embedding, LayerNorm, Linear, Mlp, dropout, fork, like, reseed};
 use crate::weights::Weights;
 
 /// Path of the decoder's parameters.
@@ -152,6 +152,7 @@ impl BartDecoder {
         let positions = self
             .embed_positions
             .rows(POSITION_OFFSET, words_BTD.dims()[1]);
+        let positions = like(positions, &words_BTD);
         let normed = self
             .layernorm_embedding
             .forward(words_BTD + positions.unsqueeze());

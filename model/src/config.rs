@@ -4,7 +4,7 @@ mod vlm;
 
 use std::collections::BTreeSet;
 
-use burn::tensor::Device;
+use burn::tensor::{DType, Device};
 use pollen_core::{ActionSpace, Seed};
 use serde::{Deserialize, Serialize};
 
@@ -49,6 +49,35 @@ pub enum CrossAttentionMask {
     Boolean,
     /// It is ignored.
     None,
+}
+
+/// Element type that the model computes in; its parameters are f32 always.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Precision {
+    /// 32-bit float.
+    #[default]
+    F32,
+    /// 16-bit brain float, with norms, softmax, embeddings of time and loss in f32.
+    Bf16,
+}
+
+impl Precision {
+    /// Returns the element type of activations.
+    pub(crate) fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::Bf16 => DType::BF16,
+        }
+    }
+
+    /// Returns the bytes of an activation.
+    pub fn value_bytes(self) -> u64 {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
 }
 
 /// A part of the model.
@@ -288,6 +317,20 @@ impl FlowerConfig {
         };
         language.layers -= dropped;
         language
+    }
+
+    /// Returns the same graph with every dropout rate at 0.
+    #[must_use]
+    pub fn without_dropout(&self) -> Self {
+        let mut config = self.clone();
+        config.token_dropout = 0.0;
+        config.vision.stochastic_depth = 0.0;
+        config.language.dropout = 0.0;
+        config.flow.dropout_attention = 0.0;
+        config.flow.dropout_residual = 0.0;
+        config.flow.dropout_mlp = 0.0;
+        config.flow.dropout_proprio = 0.0;
+        config
     }
 
     /// Returns whether padding behind the text changes nothing, so that it can be left out: the

@@ -11,13 +11,21 @@ pub enum Error {
         /// One sentence per fault, each naming the key to change.
         faults: Vec<String>,
     },
+    /// A file of golden tensors cannot be read.
+    #[error("golden file {path}: {reason}; tests/golden of the repository has them all")]
+    Golden {
+        /// The file.
+        path: String,
+        /// What is wrong with it.
+        reason: String,
+    },
 }
 
 impl Error {
     /// Returns what a caller can do about this error.
     pub fn class(&self) -> ErrorClass {
         match self {
-            Self::InvalidConfig { .. } => ErrorClass::User,
+            Self::InvalidConfig { .. } | Self::Golden { .. } => ErrorClass::User,
         }
     }
 }

@@ -175,7 +175,6 @@ impl Flower {
     }
 
     /// Takes the gradients of all parameters out of `grads`, in the order of their names.
-    #[cfg(test)]
     pub(crate) fn take_gradients(&self, grads: &mut Gradients) -> Vec<(String, Option<Tensor<1>>)> {
         let all = self.pending().into_iter();
         all.map(|parameter| parameter.take(grads)).collect()

@@ -6,14 +6,14 @@
 use std::ops::Range;
 
 use burn::module::{Module, Param};
-use burn::tensor::Tensor;
 use burn::tensor::activation::silu;
+use burn::tensor::{DType, Tensor};
 use pollen_core::{ActionSpace, Seed};
 
 use crate::attention::{causal, hide};
 use crate::config::{CrossAttentionMask, FlowConfig, ModulationKind};
 use crate::flow_block::{FlowBlock, Shared};
-use crate::layers::{Linear, Mlp, RmsNorm, dropout, fork, reseed, stateless_norm};
+use crate::layers::{Linear, Mlp, RmsNorm, dropout, fork, like, reseed, stateless_norm, to};
 use crate::rope::Rope;
 use crate::rows::RowGroups;
 use crate::sinusoid::SinusoidEmbedder;
@@ -88,7 +88,6 @@ pub(crate) struct ActionSpaceEmbedder {
     pub(crate) second: Linear,
 }
 
-#[cfg(test)]
 impl ActionSpaceEmbedder {
     /// Embeds the action space of each sample, `[B, D]`.
     pub(crate) fn forward(&self, spaces: &[usize]) -> Tensor<2> {
@@ -280,7 +279,9 @@ impl FlowTransformer {
 
     /// Returns the state before the first block.
     pub(crate) fn start(&self, context: &Context, z_BTA: Tensor<3>, t: Tensor<1>) -> FlowState {
-        let cond_BD = self.conditioning(context, t);
+        // Time and frequency are embedded in f32, whatever the blocks compute in.
+        let cond_BD = like(self.conditioning(context, t), &context.tokens_BSD);
+        let z_BTA = like(z_BTA, &context.tokens_BSD);
         // Of the nine vectors that published weights produce, the blocks use six.
         let global = (!self.adaln.is_empty()).then(|| {
             self.global_modulation(&context.groups, cond_BD.clone())
@@ -327,11 +328,11 @@ impl FlowTransformer {
         })
     }
 
-    /// Decodes to actions, zero beyond each space, `[B, T, D] -> [B, T, A]`.
+    /// Decodes to actions in f32, zero beyond each space, `[B, T, D] -> [B, T, A]`.
     pub(crate) fn decode(&self, groups: &RowGroups, x_BTD: Tensor<3>) -> Tensor<3> {
         let width = self.action_width();
         groups.map(x_BTD, |space, rows| {
-            let actions = self.action_decoders[space].forward(rows);
+            let actions = to(self.action_decoders[space].forward(rows), DType::F32);
             let [batch, horizon, dim] = actions.dims();
             if dim == width {
                 return actions;

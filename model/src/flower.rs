@@ -9,9 +9,10 @@ use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 use pollen_core::ActionSpace;
 
-use crate::config::FlowerConfig;
+use crate::config::{FlowerConfig, Precision};
 use crate::flow_transformer::{Context, Encoded, FlowTransformer};
 use crate::fusion::JointEncoder;
+use crate::layers::{like, to};
 use crate::observation::{Observation, TrainMasks};
 use crate::parameters::ParameterTable;
 use crate::weights::Weights;
@@ -25,6 +26,8 @@ pub struct Flower {
     pub(crate) frozen: BTreeSet<String>,
     #[module(skip)]
     pub(crate) config: FlowerConfig,
+    #[module(skip)]
+    precision: Precision,
 }
 
 impl Flower {
@@ -43,7 +46,21 @@ impl Flower {
             head: FlowTransformer::new(weights, &config.flow, config.cross_attention_mask, spaces),
             frozen,
             config: config.clone(),
+            precision: Precision::F32,
         }
+    }
+
+    /// Returns the model with another element type of activations. Parameters and their gradients
+    /// stay f32, and so do norms, softmax, time and loss.
+    #[must_use]
+    pub fn with_precision(mut self, precision: Precision) -> Self {
+        self.precision = precision;
+        self
+    }
+
+    /// Returns images in the element type that the model computes in; what follows takes it over.
+    pub(crate) fn in_precision<const D: usize>(&self, images: Tensor<D>) -> Tensor<D> {
+        to(images, self.precision.dtype())
     }
 
     /// Returns the configuration the model was built from.
@@ -63,7 +80,8 @@ impl Flower {
     /// See [`Observation`] and [`TrainMasks`].
     pub fn encode(&self, obs: &Observation, masks: Option<&TrainMasks>) -> Context {
         let encoder_masks = self.encoder_masks(masks);
-        let images = self.encoder.image_tokens(obs.images.clone(), encoder_masks);
+        let images = self.in_precision(obs.images.clone());
+        let images = self.encoder.image_tokens(images, encoder_masks);
         let content_BS = self.encoder.content_mask(obs, images.dims()[1]);
         let (joined_BSD, words_BTD) = self.encoder.join(images, obs.input_ids.clone());
         let seed = encoder_masks.map(|masks| masks.dropout);
@@ -71,6 +89,7 @@ impl Flower {
             .encoder
             .encode(joined_BSD, words_BTD, &content_BS, seed);
         if let Some(keep) = masks.and_then(|masks| masks.token_keep.clone()) {
+            let keep = like(keep, &features);
             features = features * keep;
         }
         self.head.context(Encoded {

@@ -12,7 +12,7 @@ use crate::attention::hide;
 use crate::bart_decoder::{BartDecoder, Decoded};
 use crate::config::{EncoderMask, FlowerConfig, LanguageConfig, TokenOrder};
 use crate::language::TextEncoder;
-use crate::layers::fork;
+use crate::layers::{fork, like};
 use crate::llama::{TextDecoder, causal_bias};
 use crate::observation::{Observation, TrainMasks};
 use crate::parameters::PROMPT;
@@ -94,8 +94,8 @@ impl JointEncoder {
         ids: Tensor<2, Int>,
     ) -> (Tensor<3>, Option<Tensor<3>>) {
         let [batch, _, width] = images.dims();
-        let prompt = self.prompt_embeds.val().expand([batch, 1, width]);
-        let text = self.language_model.token_embeddings(ids);
+        let prompt = like(self.prompt_embeds.val(), &images).expand([batch, 1, width]);
+        let text = like(self.language_model.token_embeddings(ids), &images);
         let (text, words) = match self.language_model.decoder() {
             Some(_) => {
                 let (text, words) = fork(text);

@@ -11,7 +11,7 @@ use pollen_core::Seed;
 use crate::attention::{Dropped, attend, join_heads, split_heads};
 use crate::bart_decoder::{BartDecoder, DECODER};
 use crate::config::{LanguageConfig, POSITION_OFFSET};
-use crate::layers::{Embedding, LayerNorm, Linear, Mlp, dropout, reseed};
+use crate::layers::{Embedding, LayerNorm, Linear, Mlp, dropout, like, reseed};
 use crate::parameters::ENCODER;
 use crate::weights::Weights;
 
@@ -108,7 +108,7 @@ impl Encoder {
         let seed = dropout_seed.map(|seed| seed.child("embedding"));
         reseed(&x_BSD.device(), seed);
         let tokens = x_BSD.dims()[1];
-        let positions = self.embed_positions.rows(POSITION_OFFSET, tokens);
+        let positions = like(self.embed_positions.rows(POSITION_OFFSET, tokens), &x_BSD);
         let normed = self
             .layernorm_embedding
             .forward(x_BSD + positions.unsqueeze());
@@ -138,7 +138,6 @@ impl Encoder {
     ///
     /// # Shapes
     /// `x_BSD: [B, S, D]`, `bias: [B, 1, 1, S]` (none: all attended) -> `[B, S, D]`
-    #[cfg(test)]
     pub(crate) fn forward(
         &self,
         x_BSD: Tensor<3>,

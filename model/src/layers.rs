@@ -4,13 +4,13 @@
 use burn::module::{Module, Param};
 use burn::tensor::module::{conv2d, layer_norm, linear};
 use burn::tensor::ops::ConvOptions;
-use burn::tensor::{Device, Distribution, Int, Tensor};
+use burn::tensor::{DType, Device, Distribution, Int, Tensor};
 use pollen_core::Seed;
 
 use crate::config::NormVariant;
 use crate::weights::Weights;
 
-const LAYER_NORM_EPS: f64 = 1e-5;
+pub(crate) const LAYER_NORM_EPS: f64 = 1e-5;
 const RMS_NORM_EPS: f64 = 1e-6;
 
 /// A linear layer, weight `[out, in]`.
@@ -40,8 +40,9 @@ impl Linear {
     /// # Shapes
     /// `[.., in] -> [.., out]`
     pub(crate) fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let bias = self.bias.as_ref().map(Param::val);
-        linear(x, self.weight.val().transpose(), bias)
+        let bias = self.bias.as_ref().map(|bias| like(bias.val(), &x));
+        let weight = like(self.weight.val(), &x);
+        linear(x, weight.transpose(), bias)
     }
 }
 
@@ -70,7 +71,9 @@ impl LayerNorm {
     /// # Shapes
     /// `[.., width] -> [.., width]`
     pub(crate) fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        layer_norm(x, self.weight.val(), Some(self.bias.val()), self.eps)
+        in_f32(x, |x| {
+            layer_norm(x, self.weight.val(), Some(self.bias.val()), self.eps)
+        })
     }
 }
 
@@ -103,19 +106,23 @@ impl RmsNorm {
     /// # Shapes
     /// `[.., width] -> [.., width]`
     pub(crate) fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let scale = match self.variant {
-            NormVariant::Rms => x.clone().square().mean_dim(D - 1),
-            NormVariant::Variance => x.clone().var(D - 1),
-        };
-        x / (scale + self.eps).sqrt() * self.weight.val().unsqueeze()
+        in_f32(x, |x| {
+            let scale = match self.variant {
+                NormVariant::Rms => x.clone().square().mean_dim(D - 1),
+                NormVariant::Variance => x.clone().var(D - 1),
+            };
+            x / (scale + self.eps).sqrt() * self.weight.val().unsqueeze()
+        })
     }
 }
 
 /// Subtracts the mean and divides by the standard deviation of the last axis.
 pub(crate) fn stateless_norm<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    let centred = x.clone() - x.mean_dim(D - 1);
-    let variance = centred.clone().square().mean_dim(D - 1);
-    centred / (variance + RMS_NORM_EPS).sqrt()
+    in_f32(x, |x| {
+        let centred = x.clone() - x.mean_dim(D - 1);
+        let variance = centred.clone().square().mean_dim(D - 1);
+        centred / (variance + RMS_NORM_EPS).sqrt()
+    })
 }
 
 /// A table of vectors, one per row.
@@ -174,11 +181,12 @@ impl Conv2d {
     /// # Shapes
     /// `[batch, height, width, in] -> [batch, height', width', out]`
     pub(crate) fn forward(&self, x_BHWC: Tensor<4>) -> Tensor<4> {
-        let weight = self.weight.val();
+        let weight = like(self.weight.val(), &x_BHWC);
+        let bias = like(self.bias.val(), &x_BHWC);
         let groups = x_BHWC.dims()[3] / weight.dims()[1];
         let options = ConvOptions::new([self.stride; 2], [self.padding; 2], [1; 2], groups);
         let x_BCHW = x_BHWC.permute([0, 3, 1, 2]);
-        conv2d(x_BCHW, weight, Some(self.bias.val()), options).permute([0, 2, 3, 1])
+        conv2d(x_BCHW, weight, Some(bias), options).permute([0, 2, 3, 1])
     }
 }
 
@@ -224,6 +232,27 @@ pub(crate) fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     let cubic = x.clone() * x.clone() * x.clone() * 0.044_715 + x.clone();
     let tanh = (cubic * (2.0 / std::f64::consts::PI).sqrt()).tanh();
     x * (tanh * 0.5 + 0.5)
+}
+
+/// Returns `x` in the element type of `other`. Parameters are f32 and follow what they are applied
+/// to: their gradients come back as f32.
+pub(crate) fn like<const D: usize, const E: usize>(x: Tensor<D>, other: &Tensor<E>) -> Tensor<D> {
+    to(x, other.dtype())
+}
+
+/// Returns `x` in an element type, untouched if it has it.
+pub(crate) fn to<const D: usize>(x: Tensor<D>, dtype: DType) -> Tensor<D> {
+    if x.dtype() == dtype { x } else { x.cast(dtype) }
+}
+
+/// Computes in f32 what bf16 is too coarse for, sums over many values above all; the result has the
+/// element type of `x`.
+pub(crate) fn in_f32<const D: usize>(
+    x: Tensor<D>,
+    compute: impl FnOnce(Tensor<D>) -> Tensor<D>,
+) -> Tensor<D> {
+    let dtype = x.dtype();
+    to(compute(to(x, DType::F32)), dtype)
 }
 
 /// Returns the tensor twice, each with a gradient of its own, so that what one user of a shared

@@ -28,6 +28,8 @@
 //! | `sinusoid`, `rope` | embeddings of time, frequency and position |
 //! | `rectified_flow`, `sampler` | noisy actions and loss; Euler denoising |
 //! | `layers`, `attention` | what the others are made of |
+//! | `operations` | single operations at the model's shapes, for measuring |
+//! | [`golden`] | comparison with the published code |
 //! | `weights`, `init` | where parameters come from while the model is built |
 //!
 //! ```
@@ -59,12 +61,14 @@ mod flow_block;
 mod flow_transformer;
 mod flower;
 mod fusion;
+pub mod golden;
 mod init;
 mod language;
 mod layers;
 mod llama;
 mod names;
 mod observation;
+mod operations;
 mod parameters;
 mod rectified_flow;
 mod rope;
@@ -76,9 +80,9 @@ mod vision;
 mod weights;
 
 #[cfg(test)]
-mod golden;
-#[cfg(test)]
 mod interop;
+#[cfg(test)]
+mod precision;
 #[cfg(test)]
 mod switches;
 #[cfg(test)]
@@ -86,7 +90,8 @@ mod testing;
 
 pub use config::{
     CrossAttentionMask, DecoderConfig, EncoderMask, FlowConfig, FlowerConfig, Fusion,
-    LanguageConfig, ModulationKind, NormVariant, Part, SiglipConfig, TokenOrder, VisionConfig,
+    LanguageConfig, ModulationKind, NormVariant, Part, Precision, SiglipConfig, TokenOrder,
+    VisionConfig,
 };
 pub use cost::{ModelCost, ModulationSaving, PartCost};
 pub use error::Error;
@@ -94,6 +99,7 @@ pub use flat::ParameterInfo;
 pub use flow_transformer::Context;
 pub use flower::Flower;
 pub use observation::{Observation, TrainMasks};
+pub use operations::{Operation, OperationKind};
 pub use parameters::{PROMPT, ParameterSpec, ParameterTable, TOKEN_TABLE};
 pub use rectified_flow::{noisy_actions, velocity_loss};
 pub use rope::tables as rope_tables;

@@ -3,6 +3,8 @@
 use burn::module::Module;
 use burn::tensor::{Device, Tensor, TensorData};
 
+use crate::layers::like;
+
 /// Cosines and sines of every position, `[positions, E / 2]` each.
 #[derive(Module, Debug)]
 pub(crate) struct Rope {
@@ -28,8 +30,9 @@ impl Rope {
     pub(crate) fn rotate(&self, x_BHTE: Tensor<4>) -> Tensor<4> {
         let [_, _, tokens, width] = x_BHTE.dims();
         let half = width / 2;
-        let cos = self.cos.clone().narrow(0, 0, tokens).unsqueeze::<4>();
-        let sin = self.sin.clone().narrow(0, 0, tokens).unsqueeze::<4>();
+        let rows = |table: &Tensor<2>| like(table.clone().narrow(0, 0, tokens), &x_BHTE);
+        let (cos, sin) = (rows(&self.cos), rows(&self.sin));
+        let (cos, sin) = (cos.unsqueeze::<4>(), sin.unsqueeze::<4>());
         let first = x_BHTE.clone().narrow(3, 0, half);
         let second = x_BHTE.narrow(3, half, half);
         Tensor::cat(

@@ -26,6 +26,7 @@ use crate::flat::Pending;
 use crate::flow_transformer::Encoded;
 use crate::flower::Flower;
 use crate::fusion::all_cameras;
+use crate::layers::like;
 use crate::observation::{Observation, TrainMasks};
 use crate::rows::RowGroups;
 use crate::vision::{DepthKeep, channels_last};
@@ -117,12 +118,27 @@ impl Flower {
         z: Tensor<3>,
         t: Tensor<1>,
     ) -> SegmentedPass {
+        self.segments_watched(obs, masks, z, t, &mut |_| {})
+    }
+
+    /// As [`Flower::segments`]; calls `done` with a part of the model whenever a piece of it has
+    /// run. Joints between parts count to the part behind them.
+    pub fn segments_watched(
+        &self,
+        obs: &Observation,
+        masks: &TrainMasks,
+        z: Tensor<3>,
+        t: Tensor<1>,
+        done: &mut dyn FnMut(Part),
+    ) -> SegmentedPass {
         let inputs = self.inputs(obs, masks, z, t);
         let plan = self.plan();
         let parameters = self.parameters_of(&plan);
         let untrained = || self.clone().no_grad();
         let untrained = (!self.config().recompute.is_empty()).then(untrained);
-        let mut state = State::Map(channels_last(all_cameras(obs.images.clone())));
+        let mut state = State::Map(channels_last(all_cameras(
+            self.in_precision(obs.images.clone()),
+        )));
         let mut segments = Vec::with_capacity(plan.len());
         for (segment, parameters) in plan.into_iter().zip(parameters) {
             let input = state;
@@ -145,6 +161,7 @@ impl Flower {
                     output = Some(tracked);
                 }
             }
+            done(segment.part_or_next());
             segments.push(Done {
                 segment,
                 input,
@@ -319,7 +336,10 @@ impl Flower {
             }
             (Segment::Condition, State::Tokens(features, None)) => {
                 let features = match &inputs.token_keep {
-                    Some(keep) => features * keep.clone(),
+                    Some(keep) => {
+                        let keep = like(keep.clone(), &features);
+                        features * keep
+                    }
                     None => features,
                 };
                 let context = self.head.context(Encoded {
@@ -373,6 +393,14 @@ impl Segment {
         }
     }
 
+    /// Returns the part that the time of the segment counts to.
+    fn part_or_next(&self) -> Part {
+        self.part().unwrap_or(match self {
+            Self::Condition => Part::Flow,
+            _ => Part::Language,
+        })
+    }
+
     /// Returns whether the segment covers `unit`.
     fn holds(&self, unit: &Self) -> bool {
         let covers =
@@ -406,6 +434,13 @@ impl SegmentedPass {
             leaves: State::Velocity(self.velocity),
             segments: self.segments,
         }
+    }
+}
+
+impl Backward {
+    /// Returns the part of the model that the next step of the iterator works on.
+    pub fn next_part(&self) -> Option<Part> {
+        Some(self.segments.last()?.segment.part_or_next())
     }
 }
 
@@ -617,6 +652,32 @@ mod tests {
             assert!(first.starts_with(start), "{first} is not in {start}");
         }
         assert_eq!(firsts.len(), starts.len());
+    }
+
+    #[test]
+    fn parts_are_told_in_order() {
+        let device = Device::flex().autodiff();
+        let model = model(&deep(), &device);
+        let obs = mini_observation(&[0, 1], &device);
+        let z = random("z", [2, 3, 9], &device);
+        let t = Tensor::from_floats([0.2, 0.5], &device);
+        let _held = hold_generator();
+        let (masks, mut forward) = (TrainMasks::new(Seed::new(1)), Vec::new());
+        let pass = model.segments_watched(&obs, &masks, z, t, &mut |part| forward.push(part));
+        let loss = pass.velocity().square().sum();
+        let mut backward = pass.backward(&loss);
+        let mut told = Vec::new();
+        while let Some(part) = backward.next_part() {
+            told.push(part);
+            backward.next();
+        }
+        let of = |part, count| std::iter::repeat_n(part, count);
+        let want = of(Part::Vision, 3)
+            .chain(of(Part::Language, 3))
+            .chain(of(Part::Flow, 3));
+        assert_eq!(forward, want.collect::<Vec<_>>());
+        told.reverse();
+        assert_eq!(told, forward);
     }
 
     /// Takes parameters out of training.

@@ -3,10 +3,10 @@
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::tensor::{Device, Tensor, TensorData};
-use pollen_core::action_space::{ActionDim, Normalize};
-use pollen_core::{ActionSpace, Seed};
+use pollen_core::Seed;
 
 use crate::config::{DecoderConfig, FlowerConfig, SiglipConfig, VisionConfig};
+pub(crate) use crate::golden::{space, values};
 use crate::observation::Observation;
 
 /// Reads `configs/model/<name>`.
@@ -20,23 +20,6 @@ pub(crate) fn flower_config(name: &str) -> FlowerConfig {
     toml::from_str::<File>(&text)
         .expect("a model configuration")
         .model
-}
-
-/// Returns an action space of `dim` dimensions.
-pub(crate) fn space(name: &str, dim: usize, proprio_dim: usize) -> ActionSpace {
-    ActionSpace {
-        name: name.into(),
-        prompt: name.into(),
-        num_arms: 1,
-        proprio_dim,
-        dims: (0..dim)
-            .map(|i| ActionDim {
-                name: format!("d{i}"),
-                unit: "none".into(),
-                normalize: Normalize::Keep,
-            })
-            .collect(),
-    }
 }
 
 /// Returns a configuration that runs in milliseconds.
@@ -128,9 +111,4 @@ pub(crate) fn hold_generator() -> MutexGuard<'static, ()> {
 /// Returns the bits of all values.
 pub(crate) fn bits<const D: usize>(tensor: Tensor<D>) -> Vec<u32> {
     values(tensor).into_iter().map(f32::to_bits).collect()
-}
-
-/// Returns all values.
-pub(crate) fn values<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
-    tensor.into_data().try_to_vec().expect("an f32 tensor")
 }

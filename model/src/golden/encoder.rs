@@ -42,7 +42,7 @@ impl Golden {
     /// Compares the frame positions, of which the model computes the first row.
     pub(super) fn check_frame_positions(&self, device: &Device) {
         let name = "weight.vlm.visual_temporal_embed.pos_idx_to_embed";
-        let row = crate::testing::values(frame_position(self.shape(name)[1], device));
+        let row = super::values(frame_position(self.shape(name)[1], device));
         for (&a, &b) in row.iter().zip(self.numbers(name)) {
             assert_eq!(f64::from(a), b, "first row of {name}");
         }
@@ -53,18 +53,16 @@ fn channels_first(x_BHWC: Tensor<4>) -> Tensor<4> {
     x_BHWC.permute([0, 3, 1, 2])
 }
 
-fn check_tower(name: &str) {
-    let device = Device::flex();
-    let golden = Golden::open(name);
+pub(super) fn tower(golden: &Golden, device: &Device) {
     let config = golden.vision_config();
     let mut table = ParameterTable::default();
     table.vision(&config, golden.size("d"));
     let mut source = |spec: &crate::ParameterSpec| golden.weight(spec);
-    let mut weights = Weights::new(&table, &mut source, &device);
+    let mut weights = Weights::new(&table, &mut source, device);
     let tower = VisionTower::new(&mut weights, &config);
     let projection = ImageProjection::new(&mut weights);
 
-    let images: Tensor<4> = golden.tensor("input.pixel_values", &device);
+    let images: Tensor<4> = golden.tensor("input.pixel_values", device);
     let mut x = images.clone().permute([0, 2, 3, 1]);
     for (stage, (conv, pairs)) in tower.convs.iter().zip(&tower.blocks).enumerate() {
         x = conv.forward(x);
@@ -85,34 +83,20 @@ fn check_tower(name: &str) {
     let tokens = projection.forward(map);
     assert_eq!(tokens.dims()[1], config.num_tokens());
     golden.output("tokens", tokens);
-    golden.check_frame_positions(&device);
-    golden.finish();
+    golden.check_frame_positions(device);
 }
 
-#[test]
-fn golden_davit() {
-    check_tower("davit");
-}
-
-#[test]
-fn golden_davit_small_image() {
-    check_tower("davit_small_image");
-}
-
-#[test]
-fn golden_bart_encoder() {
-    let device = Device::flex();
-    let golden = Golden::open("bart_encoder");
+pub(super) fn bart_encoder(golden: &Golden, device: &Device) {
     let config = golden.language_config("layers", "heads");
     let mut table = ParameterTable::default();
     table.language(&config);
     let mut source = |spec: &crate::ParameterSpec| golden.weight(spec);
-    let model = TextEncoder::new(&mut Weights::new(&table, &mut source, &device), &config);
+    let model = TextEncoder::new(&mut Weights::new(&table, &mut source, device), &config);
 
-    let ids = golden.ids("input.token_ids", &device);
+    let ids = golden.ids("input.token_ids", device);
     golden.output("token_embeddings", model.token_embeddings(ids));
-    let x: Tensor<3> = golden.tensor("input.inputs_embeds", &device);
-    let mask: Tensor<2> = golden.tensor("input.attention_mask", &device);
+    let x: Tensor<3> = golden.tensor("input.inputs_embeds", device);
+    let mask: Tensor<2> = golden.tensor("input.attention_mask", device);
     let embedded = model.encoder.embed(x.clone(), None);
     golden.output("after_embedding_norm", embedded.clone());
     let first = model.encoder.layers[0].forward(embedded, None, false);
@@ -124,5 +108,4 @@ fn golden_bart_encoder() {
         "encoded_with_mask",
         model.encoder.forward(x, Some(&hide(mask)), None),
     );
-    golden.finish();
 }

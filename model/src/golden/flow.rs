@@ -3,6 +3,7 @@
 use burn::tensor::activation::silu;
 use burn::tensor::{Device, Tensor};
 
+use super::values;
 use super::{Golden, pad};
 use crate::attention::{causal, hide};
 use crate::config::{CrossAttentionMask, NormVariant};
@@ -14,7 +15,6 @@ use crate::rectified_flow::{noisy_actions, velocity_loss};
 use crate::rope::Rope;
 use crate::sampler::times;
 use crate::sinusoid::frequencies;
-use crate::testing::values;
 use crate::weights::Weights;
 
 /// The control frequency that the finetuning code always feeds.
@@ -31,47 +31,38 @@ fn block(golden: &Golden, norm: NormVariant, device: &Device) -> FlowBlock {
     FlowBlock::new(&mut Weights::new(&table, &mut source, device), "", &config)
 }
 
-#[test]
-fn golden_flow_block() {
-    let device = Device::flex();
-    let golden = Golden::open("flow_block");
+pub(super) fn flow_block(golden: &Golden, device: &Device) {
     let config = golden.flow_config("");
     let rope = Rope::new(
         config.rope_theta,
         config.rope_table_len,
         config.head_dim(),
-        &device,
+        device,
     );
-    golden.output(
-        "rope_q",
-        rope.rotate(golden.tensor("input.rope_q", &device)),
-    );
-    golden.output(
-        "rope_k",
-        rope.rotate(golden.tensor("input.rope_k", &device)),
-    );
+    golden.output("rope_q", rope.rotate(golden.tensor("input.rope_q", device)));
+    golden.output("rope_k", rope.rotate(golden.tensor("input.rope_k", device)));
 
-    let x: Tensor<3> = golden.tensor("input.x", &device);
-    let global: Tensor<3> = golden.tensor("input.global_adaln", &device);
+    let x: Tensor<3> = golden.tensor("input.x", device);
+    let global: Tensor<3> = golden.tensor("input.global_adaln", device);
     let [_, batch, width] = global.dims();
     let global = global
         .swap_dims(0, 1)
         .reshape([batch, 9 * width])
         .narrow(1, 0, 6 * width);
-    let mask: Tensor<2> = golden.tensor("input.cross_mask_float", &device);
+    let mask: Tensor<2> = golden.tensor("input.cross_mask_float", device);
     let keys = mask.dims()[1];
     let shared = |cross_bias: Option<Tensor<4>>, global: Option<Tensor<2>>| Shared {
-        cond_BD: silu(golden.tensor("input.cond", &device)),
+        cond_BD: silu(golden.tensor("input.cond", device)),
         global,
-        context_BSD: golden.tensor("input.context", &device),
+        context_BSD: golden.tensor("input.context", device),
         cross_bias,
-        causal_bias: causal(x.dims()[1], &device),
+        causal_bias: causal(x.dims()[1], device),
         rope: &rope,
         train: false,
     };
     let plain = shared(None, Some(global.clone()));
 
-    let published = block(&golden, NormVariant::Rms, &device);
+    let published = block(golden, NormVariant::Rms, device);
     golden.output(
         "local_modulation",
         published.modulation.local(plain.cond_BD.clone()),
@@ -106,16 +97,12 @@ fn golden_flow_block() {
     );
     let boolean = shared(Some(hide(mask)), Some(global));
     golden.output("block_boolean_mask", published.forward(x.clone(), &boolean));
-    let variance = block(&golden, NormVariant::Variance, &device);
+    let variance = block(golden, NormVariant::Variance, device);
     golden.output("block_variance_norm", variance.forward(x.clone(), &plain));
     golden.check_tables(&config);
-    golden.finish();
 }
 
-#[test]
-fn golden_sinusoids() {
-    let device = Device::flex();
-    let golden = Golden::open("sinusoids");
+pub(super) fn sinusoids(golden: &Golden, device: &Device) {
     let number = |key: &str| golden.config[key].as_f64().expect("a number");
     for (name, base, scale, input) in [
         (
@@ -148,27 +135,25 @@ fn golden_sinusoids() {
                 .map(|&x| x as f32)
                 .collect::<Vec<_>>()
                 .as_slice(),
-            &device,
+            device,
         );
         let half = table.len();
         let angles = x.reshape([rows, 1])
-            * Tensor::<1>::from_floats(table.as_slice(), &device).reshape([1, half]);
+            * Tensor::<1>::from_floats(table.as_slice(), device).reshape([1, half]);
         let sinusoid = Tensor::cat(vec![angles.clone().cos(), angles.sin()], 1);
         golden.output(&format!("{name}_sinusoid"), sinusoid);
     }
-    golden.finish();
 }
 
 /// The flow transformer of a file.
-struct Head {
-    golden: Golden,
+struct Head<'a> {
+    golden: &'a Golden,
     device: Device,
     model: FlowTransformer,
 }
 
-impl Head {
-    fn open(name: &str, device: Device) -> Self {
-        let golden = Golden::open(name);
+impl<'a> Head<'a> {
+    fn new(golden: &'a Golden, device: Device) -> Self {
         let config = golden.flow_config("dit.0.");
         let (spaces, _) = golden.spaces();
         let mut table = ParameterTable::default();
@@ -234,10 +219,9 @@ pub(super) fn unpad(model: &FlowTransformer, x: Tensor<3>) -> Tensor<3> {
     x.narrow(2, 0, model.spaces[finetune_space(model)].dim)
 }
 
-#[test]
-fn golden_dit() {
-    let head = Head::open("dit", Device::flex());
-    let (golden, model, device) = (&head.golden, &head.model, &head.device);
+pub(super) fn dit(golden: &Golden, device: &Device) {
+    let head = Head::new(golden, device.clone());
+    let (model, device) = (&head.model, &head.device);
     let t: Tensor<1> = golden.tensor("input.t", device);
     let frequency: Tensor<1> = golden.rows("frequency_hz", device);
     golden.output("timestep_sinusoid", model.t_embedder.sinusoid(t.clone()));
@@ -287,13 +271,11 @@ fn golden_dit() {
     );
     let velocity = tuned.velocity(&context, z, t, None);
     golden.output("finetune_velocity", unpad(&tuned, velocity));
-    golden.finish();
 }
 
-#[test]
-fn golden_flow_loss() {
-    let head = Head::open("flow_loss", Device::flex().autodiff());
-    let (golden, device) = (&head.golden, &head.device);
+pub(super) fn flow_loss(golden: &Golden, device: &Device) {
+    let head = Head::new(golden, device.clone().autodiff());
+    let device = &head.device;
     let input = |name: &str| -> Tensor<3> { golden.tensor(&format!("input.{name}"), device) };
 
     let features = head.features().require_grad();
@@ -312,7 +294,7 @@ fn golden_flow_loss() {
     let mut grads = loss.backward();
     golden.grad("grad.features", features.grad(&grads).expect("a gradient"));
     let names = head.model.space_names();
-    let mut norm = Tensor::<1>::zeros([1], &Device::flex());
+    let mut norm = Tensor::<1>::zeros([1], &device.clone().inner());
     for parameter in pending(&head.model, &names) {
         let (name, grad) = parameter.take(&mut grads);
         let stored = format!("grad.{name}");
@@ -353,13 +335,11 @@ fn golden_flow_loss() {
             golden.grad(&stored, grad.expect("a gradient"));
         }
     }
-    golden.finish();
 }
 
-#[test]
-fn golden_sampler() {
-    let head = Head::open("sampler", Device::flex());
-    let (golden, model, device) = (&head.golden, &head.model, &head.device);
+pub(super) fn sampler(golden: &Golden, device: &Device) {
+    let head = Head::new(golden, device.clone());
+    let (model, device) = (&head.model, &head.device);
     let steps = golden.size("steps");
     let noise: Tensor<3> = golden.tensor("input.noise", device);
     let context = head.context(head.features());
@@ -390,5 +370,4 @@ fn golden_sampler() {
     golden.output("finetune_actions", unpad(&tuned, actions));
     let actions = tuned.sample(&context, noise, 5);
     golden.output("finetune_actions_5_steps", unpad(&tuned, actions));
-    golden.finish();
 }

@@ -62,15 +62,13 @@ fn loss(
     (sum / valid.sum(), velocity)
 }
 
-#[test]
-fn golden_joined() {
-    let device = Device::flex().autodiff();
-    let golden = Golden::open("joined");
+pub(super) fn joined(golden: &Golden, device: &Device) {
+    let device = device.clone().autodiff();
     let steps = golden.size("steps");
-    let model = model(&golden, &device);
+    let model = model(golden, &device);
     let input = |name: &str| -> Tensor<3> { golden.tensor(&format!("input.{name}"), &device) };
 
-    let obs = observation(&golden, &device);
+    let obs = observation(golden, &device);
     let images = model.encoder.image_tokens(obs.images.clone(), None);
     golden.output("image_tokens", images.clone());
     let content = model.encoder.content_mask(&obs, images.dims()[1]);
@@ -96,8 +94,7 @@ fn golden_joined() {
         }
     }
 
-    check_finetune(&golden, model, &obs, &device);
-    golden.finish();
+    check_finetune(golden, model, &obs, &device);
 }
 
 /// Runs the finetuning path over the same weights.

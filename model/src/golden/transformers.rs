@@ -4,18 +4,18 @@
 use burn::tensor::{Device, Tensor};
 use pollen_core::Seed;
 
-use super::Golden;
+use super::{Golden, space, values};
 use crate::ParameterSpec;
 use crate::attention::hide;
 use crate::bart_decoder::{BartDecoder, Decoded};
 use crate::config::{
-    DecoderConfig, FlowerConfig, Fusion, LanguageConfig, SiglipConfig, VisionConfig,
+    CrossAttentionMask, DecoderConfig, EncoderMask, FlowConfig, FlowerConfig, Fusion,
+    LanguageConfig, ModulationKind, NormVariant, SiglipConfig, TokenOrder, VisionConfig,
 };
 use crate::fusion::JointEncoder;
 use crate::init;
 use crate::observation::Observation;
 use crate::parameters::ParameterTable;
-use crate::testing::{mini, space, values};
 use crate::weights::Weights;
 
 impl Golden {
@@ -60,16 +60,35 @@ fn smolvlm_config(golden: &Golden, fusion: Fusion) -> FlowerConfig {
                 dropped_share: 0.3,
             }),
         },
-        ..mini()
+        token_order: TokenOrder::FlowImagesText,
+        encoder_mask: EncoderMask::TextAndFlow,
+        cross_attention_mask: CrossAttentionMask::Boolean,
+        token_dropout: 0.0,
+        proprioception: true,
+        frozen: Vec::new(),
+        recompute: [].into(),
+        // Never built: the file holds the vision-language model alone.
+        flow: FlowConfig {
+            width: 24,
+            heads: 2,
+            layers: 1,
+            modulation: ModulationKind::GlobalAdaln,
+            modulation_rank: 4,
+            rope_theta: 1000.0,
+            rope_table_len: 4,
+            action_horizon: 3,
+            dropout_attention: 0.0,
+            dropout_residual: 0.0,
+            dropout_mlp: 0.0,
+            dropout_proprio: 0.0,
+            norm: NormVariant::Rms,
+        },
     }
 }
 
-#[test]
-fn golden_smolvlm() {
-    let device = Device::flex();
-    let golden = Golden::open("smolvlm");
+pub(super) fn smolvlm(golden: &Golden, device: &Device) {
     for fusion in [Fusion::Early, Fusion::Intermediate, Fusion::Late] {
-        let config = smolvlm_config(&golden, fusion);
+        let config = smolvlm_config(golden, fusion);
         assert!(config.validate().is_empty(), "{:?}", config.validate());
         let spaces = [space("eef_delta", 7, 0)];
         let table = config.parameter_table(&spaces).expect("valid");
@@ -81,15 +100,15 @@ fn golden_smolvlm() {
                 init::draw(spec, &table, Seed::new(1))
             }
         };
-        let encoder = JointEncoder::new(&mut Weights::new(&table, &mut source, &device), &config);
-        let text_mask: Tensor<2> = golden.tensor("input.text_mask", &device);
+        let encoder = JointEncoder::new(&mut Weights::new(&table, &mut source, device), &config);
+        let text_mask: Tensor<2> = golden.tensor("input.text_mask", device);
         let batch = text_mask.dims()[0];
         let obs = Observation {
-            images: golden.tensor("input.images", &device),
-            camera_present: Some(golden.tensor("input.camera_present", &device)),
-            input_ids: golden.ids("input.ids", &device),
+            images: golden.tensor("input.images", device),
+            camera_present: Some(golden.tensor("input.camera_present", device)),
+            input_ids: golden.ids("input.ids", device),
             text_mask,
-            frequency_hz: Tensor::ones([batch], &device),
+            frequency_hz: Tensor::ones([batch], device),
             proprio: None,
             spaces: vec![0; batch],
         };
@@ -122,34 +141,28 @@ fn golden_smolvlm() {
             Fusion::Late => golden.output("late", features),
         }
     }
-    golden.finish();
 }
 
-#[test]
-fn golden_bart_decoder() {
-    let device = Device::flex();
-    let golden = Golden::open("bart_decoder");
+pub(super) fn bart_decoder(golden: &Golden, device: &Device) {
     let config = LanguageConfig {
         width: golden.size("d"),
         layers: golden.size("layers"),
         heads: golden.size("heads"),
         ffn: golden.size("ffn"),
+        vocab_size: 1,
         max_positions: golden.size("maxpos"),
-        ..mini().language
-    };
-    let config = LanguageConfig {
         dropout: 0.0,
-        ..config
+        decoder: None,
     };
     let mut table = ParameterTable::default();
     table.bart_decoder(&config);
     let mut source = |spec: &ParameterSpec| golden.weight(spec);
-    let decoder = BartDecoder::new(&mut Weights::new(&table, &mut source, &device), &config);
-    let embedded = decoder.embed(golden.tensor("input.words", &device), None);
+    let decoder = BartDecoder::new(&mut Weights::new(&table, &mut source, device), &config);
+    let embedded = decoder.embed(golden.tensor("input.words", device), None);
     golden.output("after_embedding_norm", embedded.clone());
     let state = Decoded {
         words_BTD: embedded,
-        memory_BSD: golden.tensor("input.memory", &device),
+        memory_BSD: golden.tensor("input.memory", device),
     };
     let layers = 0..decoder.layers.len();
     let run = |bias: Option<Tensor<4>>| {
@@ -157,9 +170,8 @@ fn golden_bart_decoder() {
             .run_layers(state.clone(), bias.as_ref(), None, layers.clone())
             .words_BTD
     };
-    let masked = run(Some(hide(golden.tensor("input.memory_mask", &device))));
+    let masked = run(Some(hide(golden.tensor("input.memory_mask", device))));
     assert_ne!(values(masked.clone()), values(run(None)));
     golden.output("decoded_with_mask", masked);
     golden.output("decoded", run(None));
-    golden.finish();
 }

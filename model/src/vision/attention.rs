@@ -7,7 +7,7 @@ use burn::tensor::activation::softmax;
 use burn::tensor::{Tensor, TensorData};
 
 use crate::attention::{Dropped, attend};
-use crate::layers::{LayerNorm, Linear};
+use crate::layers::{LayerNorm, Linear, in_f32, like};
 use crate::weights::Weights;
 
 /// Attention among the cells of a window.
@@ -67,7 +67,7 @@ impl WindowAttention {
         let mut bias = None;
         let padding = self.window * self.window - side * across;
         if padding > 0 {
-            let (key, value, logit) = self.padded_key(windows, side * across, padding);
+            let (key, value, logit) = self.padded_key(&qkv, side * across, padding);
             k = Tensor::cat(vec![k, key], 2);
             v = Tensor::cat(vec![v, value], 2);
             bias = Some(logit);
@@ -86,11 +86,12 @@ impl WindowAttention {
     /// `[windows, G, 1, E]` twice, `[1, 1, 1, cells + 1]`
     fn padded_key(
         &self,
-        windows: usize,
+        qkv: &Tensor<3>,
         cells: usize,
         padding: usize,
     ) -> (Tensor<4>, Tensor<4>, Tensor<4>) {
-        let bias = self.qkv.bias();
+        let windows = qkv.dims()[0];
+        let bias = like(self.qkv.bias(), qkv);
         let device = bias.device();
         let channels = bias.dims()[0] / 3;
         let width = channels / self.heads;
@@ -150,16 +151,28 @@ impl ChannelAttention {
         let normed = self.norm.forward(x_BHWC);
         let qkv = self.qkv.forward(normed.reshape([batch, cells, channels]));
         let [q_BGNE, k_BGNE, v_BGNE] = split_three(&qkv, self.groups);
-        let scale = 1.0 / (cells as f64).sqrt();
-        let weights_BGEE = softmax((q_BGNE * scale).transpose().matmul(k_BGNE), 3);
-        let mixed_BNC = v_BGNE
-            .matmul(weights_BGEE.transpose())
+        let mixed_BNC = attend_channels(q_BGNE, k_BGNE, v_BGNE)
             .swap_dims(1, 2)
             .reshape([batch, cells, channels]);
         self.proj
             .forward(mixed_BNC)
             .reshape([batch, height, width, channels])
     }
+}
+
+/// Returns the values mixed among the channels of their group, softmax in f32.
+///
+/// # Shapes
+/// `[B, G, N, E]` each
+pub(crate) fn attend_channels(
+    q_BGNE: Tensor<4>,
+    k_BGNE: Tensor<4>,
+    v_BGNE: Tensor<4>,
+) -> Tensor<4> {
+    let scale = 1.0 / (q_BGNE.dims()[2] as f64).sqrt();
+    let logits_BGEE = (q_BGNE * scale).transpose().matmul(k_BGNE);
+    let weights_BGEE = in_f32(logits_BGEE, |logits| softmax(logits, 3));
+    v_BGNE.matmul(weights_BGEE.transpose())
 }
 
 /// Splits a fused projection: `[B, N, 3 * G * E]` to three of `[B, G, N, E]`.

@@ -13,8 +13,9 @@ use burn::tensor::module::linear;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::config::{VisionConfig, patch_geometry};
-use crate::layers::{Conv2d, Embedding, LayerNorm};
+use crate::layers::{Conv2d, Embedding, LayerNorm, like};
 use crate::weights::Weights;
+pub(crate) use attention::attend_channels;
 use block::{ChannelBlock, SpatialBlock};
 pub(crate) use siglip::{CONNECTOR, SIGLIP};
 use siglip::{Connector, SiglipTower};
@@ -75,7 +76,6 @@ pub(crate) struct BranchKeep {
 
 impl BranchKeep {
     /// Every branch stays.
-    #[cfg(test)]
     pub(crate) const ALL: Self = Self { keep: None };
 
     /// Scales the attention branch (0) or the feed-forward branch (1).
@@ -84,6 +84,7 @@ impl BranchKeep {
             None => x_BHWC,
             Some((keep, block)) => {
                 let column = keep.clone().narrow(1, 2 * block + branch, 1);
+                let column = like(column, &x_BHWC);
                 x_BHWC * column.unsqueeze_dims::<4>(&[2, 3])
             }
         }
@@ -286,10 +287,13 @@ impl ImageProjection {
             ],
             2,
         );
-        let x_BHWC = x_BHWC + positions_HWC.unsqueeze() + frame_position(channels, &self.device());
+        let positions_HWC = like(positions_HWC, &x_BHWC);
+        let frame = like(frame_position(channels, &self.device()), &x_BHWC);
+        let x_BHWC = x_BHWC + positions_HWC.unsqueeze() + frame;
         let cells_BNC = x_BHWC.reshape([batch, height * width, channels]);
         let tokens = Tensor::cat(vec![cells_BNC.clone().mean_dim(1), cells_BNC], 1);
-        let projected = linear(tokens, self.linear.val(), None);
+        let weight = like(self.linear.val(), &tokens);
+        let projected = linear(tokens, weight, None);
         self.norm.forward(projected)
     }
 

@@ -10,7 +10,7 @@ use burn::tensor::Tensor;
 
 use crate::attention::{Dropped, attend, join_heads, split_heads};
 use crate::config::{SiglipConfig, VisionConfig};
-use crate::layers::{Conv2d, Embedding, LayerNorm, Linear, gelu_tanh};
+use crate::layers::{Conv2d, Embedding, LayerNorm, Linear, gelu_tanh, like};
 use crate::weights::Weights;
 
 /// Path of the tower's parameters.
@@ -127,6 +127,7 @@ impl SiglipTower {
             x_BHWC = self.embeddings.patch_embedding.forward(x_BHWC);
             let [_, height, width, channels] = x_BHWC.dims();
             let positions = self.embeddings.position_embedding.rows(0, height * width);
+            let positions = like(positions, &x_BHWC);
             x_BHWC = x_BHWC + positions.reshape([1, height, width, channels]);
         }
         let [batch, height, width, channels] = x_BHWC.dims();
