@@ -51,8 +51,8 @@ impl Checkpoints {
         Self::build(storage, runtime, StageHook::default())
     }
 
-    /// Returns the same with a callback at every stage of a save: `before model-00001-of-00002...`,
-    /// `after MANIFEST`, `before log entry` and so on.
+    /// Returns the same with a callback at every stage: `before model-00001-of-00002...`, `after
+    /// MANIFEST`, `before log entry`, `before reading model-00001-of-00002...` and so on.
     #[must_use]
     pub fn with_stage_hook(self, hook: StageFn) -> Self {
         let storage = self.inner.storage.clone();

@@ -151,7 +151,7 @@ fn compare(a: &TensorData, b: &TensorData) -> Change {
     let mut sums = Sums::default();
     match (a.dtype, a.to_f32(), b.to_f32()) {
         (Dtype::F32, Some(a), Some(b)) => sums.add(&a, &b),
-        _ => sums.add_raw(&a.bytes, &b.bytes, a.dtype.bytes() as usize),
+        _ => sums.add_raw(&a.bytes, &b.bytes, (a.dtype.bitsize() / 8).max(1)),
     }
     sums.change()
 }

@@ -9,6 +9,10 @@ use sha2::{Digest as _, Sha256};
 
 use crate::error::{Error, Result};
 
+/// Pieces that sha256 may be behind: it goes on while the disk makes sure of what it has. Weights
+/// and moments are in memory anyhow; a piece of them is no copy.
+const BEHIND: usize = 32;
+
 /// Size and checksums of a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Digest {
@@ -28,7 +32,7 @@ pub(crate) struct Digester {
 
 impl Digester {
     pub(crate) fn start() -> Result<Self> {
-        let (pieces, received) = sync_channel::<Bytes>(4);
+        let (pieces, received) = sync_channel::<Bytes>(BEHIND);
         let thread = std::thread::Builder::new()
             .name("checkpoint-sha256".into())
             .spawn(move || {

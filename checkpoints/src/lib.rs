@@ -30,14 +30,14 @@
 //!
 //! ```
 //! use std::sync::Arc;
-//! use pollen_checkpoints::{Checkpoints, FlatSlice, ManifestHead};
+//! use pollen_checkpoints::{Checkpoints, FlatSlice, ManifestHead, Values};
 //! use pollen_storage::{Silent, Storage, StorageConfig};
 //!
 //! let runtime = tokio::runtime::Runtime::new()?;
 //! let storage = Storage::open("memory:///doc", &StorageConfig::default(), Arc::new(Silent))?;
 //! let checkpoints = Checkpoints::new(storage.join("checkpoints"), runtime.handle().clone());
 //! let claim = checkpoints.claim(checkpoints.next_generation()?)?;
-//! let momentum = FlatSlice { name: "m".into(), global_len: 3, offset: 0, values: &[1.0, 2.0, 3.0] };
+//! let momentum = FlatSlice { name: "m".into(), global_len: 3, offset: 0, values: Values::F32(&[1.0, 2.0, 3.0]) };
 //! let file = checkpoints.writer(&claim, 10, 0, 1).write_flat(&[momentum])?;
 //! let head = ManifestHead {
 //!     step: 10, updates: 10, samples: 640, world_size: 1, config_hash: "c".into(),

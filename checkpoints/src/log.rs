@@ -282,7 +282,7 @@ impl Log {
         let mut number = history.last.saturating_add(1);
         let mut doubts = 0;
         loop {
-            hook.before(stage);
+            hook.before(stage)?;
             let written = self
                 .storage
                 .put_if_absent(&file_name(number), json.clone())
@@ -290,7 +290,7 @@ impl Log {
             let doubt = match written {
                 Ok(PutIfAbsent::Written) => {
                     self.with_known(|known| known.insert(number, Ok(entry.clone())));
-                    hook.after(stage);
+                    hook.after(stage)?;
                     return Ok(number);
                 }
                 Ok(PutIfAbsent::AlreadyExists) => None,
@@ -316,7 +316,7 @@ impl Log {
             self.with_known(|known| known.insert(number, found.clone()));
             match found {
                 Ok(found) if found == *entry => {
-                    hook.after(stage);
+                    hook.after(stage)?;
                     return Ok(number);
                 }
                 Ok(found) if found.kind == Kind::Claim => {

@@ -4,9 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::str::FromStr;
 
+use pollen_core::tensor_header::{self, Dtype};
 use serde::{Deserialize, Serialize};
-
-use crate::tensors::{self, Dtype};
 
 /// Version of the MANIFEST this build writes and reads.
 const VERSION: u32 = 1;
@@ -267,7 +266,7 @@ impl Manifest {
                 if !names.insert(&tensor.name) {
                     faults.push(format!("tensor `{}` is there twice", tensor.name));
                 }
-                let size = tensors::size(tensor.dtype, &tensor.shape);
+                let size = tensor_header::size_of(tensor.dtype, &tensor.shape);
                 match size.and_then(|size| left.checked_sub(size)) {
                     Some(rest) => left = rest,
                     None => faults.push(format!(

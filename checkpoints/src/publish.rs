@@ -65,9 +65,9 @@ impl Inner {
             };
         }
         if let Some((_, bytes)) = index {
-            self.hook.before(INDEX);
+            self.hook.before(INDEX)?;
             self.storage.put(&format!("{id}/{INDEX}"), bytes).await?;
-            self.hook.after(INDEX);
+            self.hook.after(INDEX)?;
         }
         self.write_manifest(id, json.into()).await?;
         let kind = Kind::Publish {
@@ -77,13 +77,13 @@ impl Inner {
         };
         let entry = Entry::by(claim, kind);
         self.log.append(&entry, &self.hook, "log entry").await?;
-        self.hook.before("LATEST");
+        self.hook.before("LATEST")?;
         let hint = self.storage.put("LATEST", format!("{id}\n").into()).await;
         if let Err(error) = hint {
             // People read it, programs do not.
             tracing::warn!(%error, "LATEST was not written");
         }
-        self.hook.after("LATEST");
+        self.hook.after("LATEST")?;
         Ok(published)
     }
 
@@ -116,7 +116,7 @@ impl Inner {
     /// shown, and only this generation writes to its folder: it is replaced.
     async fn write_manifest(&self, id: CheckpointId, json: Bytes) -> Result<()> {
         let path = id.manifest();
-        self.hook.before("MANIFEST");
+        self.hook.before("MANIFEST")?;
         match self.storage.put_if_absent(&path, json.clone()).await {
             Ok(PutIfAbsent::Written) => {}
             Ok(PutIfAbsent::AlreadyExists) | Err(pollen_storage::Error::Ambiguous { .. }) => {
@@ -124,8 +124,7 @@ impl Inner {
             }
             Err(error) => return Err(error.into()),
         }
-        self.hook.after("MANIFEST");
-        Ok(())
+        self.hook.after("MANIFEST")
     }
 }
 
@@ -137,7 +136,7 @@ fn index(manifest: &Manifest) -> Option<(FileRecord, Bytes)> {
     for file in manifest.of_kind(FileKind::Model) {
         for tensor in &file.tensors {
             weight_map.insert(&tensor.name, &file.name);
-            let size = crate::tensors::size(tensor.dtype, &tensor.shape);
+            let size = pollen_core::tensor_header::size_of(tensor.dtype, &tensor.shape);
             total_size += size.expect("the faults were looked for before");
         }
     }

@@ -79,25 +79,25 @@ impl Checkpoints {
         let id = restored.manifest.id();
         let corrupt = |reason| self.inner.corrupt(id, &file.name, reason);
         let bytes = self.wait(self.inner.read_whole(id, file))?;
-        let placed = tensors::parse(&bytes).map_err(corrupt)?;
-        let expected = file.tensors.iter();
-        let same = placed.len() == file.tensors.len()
-            && expected.clone().all(|tensor| {
-                placed
-                    .get(&tensor.name)
-                    .is_some_and(|place| place.dtype == tensor.dtype && place.shape == tensor.shape)
+        let entries = tensors::parse(&bytes).map_err(corrupt)?;
+        let told = file.tensors.iter();
+        let told: BTreeMap<&str, _> = told.map(|tensor| (&*tensor.name, tensor)).collect();
+        let same = entries.len() == told.len()
+            && entries.iter().all(|entry| {
+                told.get(&*entry.name)
+                    .is_some_and(|told| told.dtype == entry.dtype && told.shape == entry.shape)
             });
         if !same {
             return Err(corrupt("its tensors are not those of the MANIFEST".into()));
         }
-        let read = placed.into_iter().map(|(name, place)| {
-            let range = place.range.start as usize..place.range.end as usize;
+        let read = entries.into_iter().map(|entry| {
+            let range = entry.range.start as usize..entry.range.end as usize;
             let data = TensorData {
-                dtype: place.dtype,
-                shape: place.shape,
+                dtype: entry.dtype,
+                shape: entry.shape,
                 bytes: bytes.slice(range),
             };
-            (name, data)
+            (entry.name, data)
         });
         Ok(read.collect())
     }
@@ -170,6 +170,17 @@ impl Inner {
 
     /// Returns the MANIFEST of a checkpoint that is as it was written, or what is wrong with it.
     pub(crate) async fn verify(
+        &self,
+        publication: &Publication,
+        verify: Verify,
+    ) -> Result<Result<Manifest, String>> {
+        self.hook.before("verification")?;
+        let verified = self.compare_with_log(publication, verify).await?;
+        self.hook.after("verification")?;
+        Ok(verified)
+    }
+
+    async fn compare_with_log(
         &self,
         publication: &Publication,
         verify: Verify,
@@ -254,6 +265,8 @@ impl Inner {
     }
 
     async fn read_whole(&self, id: CheckpointId, file: &FileRecord) -> Result<Bytes> {
+        let stage = format!("reading {}", file.name);
+        self.hook.before(&stage)?;
         let mut chunks = self.chunks(id, &file.name, 0..file.bytes);
         let mut bytes = BytesMut::new();
         let mut crc32c = 0;
@@ -262,6 +275,7 @@ impl Inner {
             bytes.extend_from_slice(&chunk);
         }
         if crc32c == file.crc32c {
+            self.hook.after(&stage)?;
             Ok(bytes.freeze())
         } else {
             let reason = "it has another crc32c than was written".into();
@@ -295,6 +309,8 @@ impl Inner {
         if range.start > range.end || found != range.end - range.start {
             return Err(absent());
         }
+        let stage = format!("reading array {name}");
+        self.hook.before(&stage)?;
         let mut values = vec![0.0; found as usize];
         let reads = wanted.into_iter().map(|(name, from, bytes)| {
             let first = bytes.start;
@@ -307,6 +323,7 @@ impl Inner {
             let at = (at / 4) as usize;
             tensors::read_f32(&chunk, &mut values[at..at + chunk.len() / 4]);
         }
+        self.hook.after(&stage)?;
         Ok(values)
     }
 

@@ -128,13 +128,15 @@ impl Inner {
         let Some((first, rest)) = paths.split_first() else {
             return Ok(());
         };
+        self.hook.before("deletion")?;
         self.storage.delete(first).await?;
+        self.hook.after("deletion of the first file")?;
         futures::stream::iter(rest)
             .map(|path| self.storage.delete(path))
             .buffer_unordered(REQUESTS_AT_ONCE)
             .try_collect::<()>()
             .await?;
-        Ok(())
+        self.hook.after("deletion")
     }
 
     /// Deletes one published checkpoint on a person's request: see [`crate::Checkpoints::remove`].

@@ -9,7 +9,7 @@ use crate::checkpoints::Inner;
 use crate::digest::Digester;
 use crate::error::{Error, Result};
 use crate::manifest::{CheckpointId, FileKind, FileRecord, FlatRecord, TensorRecord, is_file_name};
-use crate::tensors::{self, TensorSlice, Values};
+use crate::tensors::{self, Dtype, TensorSlice, Values};
 
 /// A range of a flat f32 array.
 #[derive(Clone, Debug)]
@@ -20,8 +20,8 @@ pub struct FlatSlice<'a> {
     pub global_len: u64,
     /// First element of the range.
     pub offset: u64,
-    /// The range.
-    pub values: &'a [f32],
+    /// The range, f32.
+    pub values: Values<'a>,
 }
 
 /// Writes one rank's files of one checkpoint. Nothing counts until [`crate::Checkpoints::publish`].
@@ -90,8 +90,11 @@ impl Writer {
         for array in arrays.iter().filter(|array| !array.values.is_empty()) {
             let key = format!("{}@{}", array.name, array.offset);
             metadata.insert(array.name.clone(), array.global_len.to_string());
+            let FlatSlice { name, offset, .. } = array;
+            if array.values.dtype() != Dtype::F32 {
+                return Err(self.incomplete(format!("array `{name}` is not f32")));
+            }
             if slices.insert(key, array).is_some() {
-                let FlatSlice { name, offset, .. } = array;
                 return Err(self.incomplete(format!("array `{name}` has element {offset} twice")));
             }
         }
@@ -99,8 +102,8 @@ impl Writer {
             .iter()
             .map(|(key, array)| TensorSlice {
                 name: key.clone(),
-                shape: vec![array.values.len()],
-                values: Values::F32(array.values),
+                shape: vec![array.values.len() as usize / 4],
+                values: array.values,
             })
             .collect();
         let (head, placed) =
@@ -111,7 +114,7 @@ impl Writer {
                 name: array.name.clone(),
                 global_len: array.global_len,
                 offset: array.offset,
-                len: array.values.len() as u64,
+                len: array.values.len() / 4,
                 start: place.range.start,
             }
         });
@@ -145,7 +148,7 @@ impl Writer {
             });
         }
         let mut digester = Digester::start()?;
-        inner.hook.before(&name);
+        inner.hook.before(&name)?;
         let path = format!("{}/{name}", self.id);
         let digested = pieces.map(|piece| {
             digester.update(&piece);
@@ -154,7 +157,7 @@ impl Writer {
         let stream = futures::stream::iter(digested);
         let upload = Box::pin(inner.storage.put_stream(&path, stream));
         inner.runtime.block_on(upload)?;
-        inner.hook.after(&name);
+        inner.hook.after(&name)?;
         let digest = digester.finish();
         Ok(FileRecord {
             name,

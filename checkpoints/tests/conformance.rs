@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use places::{
     Damage, FLAT, Place, damage, everywhere, flat, head, newest_step, save, weight, write_rank,
 };
-use pollen_checkpoints::{CheckpointId, Config, Error, FlatSlice, Verify};
+use pollen_checkpoints::{CheckpointId, Config, Error, FlatSlice, Values, Verify};
 use pollen_core::ErrorClass;
 use proptest::prelude::*;
 use proptest::test_runner::{Config as Cases, TestRunner};
@@ -131,7 +131,7 @@ fn any_world_size_restores_any_other() {
                             name: "v".into(),
                             global_len: len,
                             offset: range.start,
-                            values: &part,
+                            values: Values::F32(&part),
                         };
                         let writer = process.writer(&claim, step, rank as u32, world_size);
                         files.push(writer.write_flat(&[slice]).unwrap());
@@ -315,6 +315,7 @@ fn a_claim_between_the_check_and_the_commit_fences_too() {
                 seen.lock().unwrap().push(claimed.generation);
                 *newer.lock().unwrap() = Some(claimed);
             }
+            Ok(())
         }));
         let claim = process.claim(1).unwrap();
         save(&process, &claim, 10).unwrap();
@@ -554,6 +555,7 @@ fn death_at_every_stage_is_survived() {
     let seen = Arc::clone(&stages);
     let process = place.process().with_stage_hook(Arc::new(move |stage| {
         seen.lock().unwrap().push(stage.into());
+        Ok(())
     }));
     let claim = process.claim(1).unwrap();
     save(&process, &claim, 20).unwrap();
@@ -586,6 +588,7 @@ fn death_at_every_stage_is_survived() {
             let name = deadly.clone();
             let dying = place.process().with_stage_hook(Arc::new(move |stage| {
                 assert!(stage != name, "dies here");
+                Ok(())
             }));
             let death = catch_unwind(AssertUnwindSafe(|| {
                 let claim = dying.claim(generation).unwrap();

@@ -18,6 +18,9 @@ pub(crate) fn next_micro_batch(loader: &mut Loader, step: u64) -> Result<HostBat
     if crate::faults::poisons(step) {
         host.actions[0] = f32::NAN;
     }
+    if let Some(sample) = crate::faults::repeats(step) {
+        host.sample_indices[0] = sample;
+    }
     Ok(host)
 }
 

@@ -52,6 +52,12 @@ pub struct RunConfig {
 pub struct TrainConfig {
     /// Optimizer steps of the whole run.
     pub steps: u64,
+    /// What workers compute on.
+    #[serde(default)]
+    pub device: crate::device::DeviceChoice,
+    /// Element type that the model computes in. Weights, gradients and optimizer state are f32.
+    #[serde(default)]
+    pub precision: pollen_model::Precision,
     /// Samples of one step over all ranks.
     pub global_batch: u32,
     /// Samples of one forward pass on one rank.

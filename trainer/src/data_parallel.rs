@@ -7,11 +7,12 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use burn::tensor::{Device, Tensor, TensorData, bf16};
+use burn::tensor::{Device, FloatDType, Tensor, TensorData, bf16};
 use pollen_collectives::{Buffer, Communicator, Handle, HostBuffer, ReduceOp};
 use sha2::{Digest, Sha256};
 
 use crate::config::ReduceDtype;
+use crate::device_memory::{Lease, Place};
 use crate::error::Error;
 use crate::layout::{Bucket, Layout, Shard};
 use crate::optim::host;
@@ -27,6 +28,19 @@ pub struct Reduction {
     pub dtype: ReduceDtype,
     /// Whether a bucket is sent as soon as it is complete, or all of them at the end.
     pub overlap: bool,
+    /// Where it is done.
+    pub place: Place,
+}
+
+/// A bucket that was sent.
+#[derive(Debug)]
+enum Flight {
+    /// Nobody else has anything to add.
+    Here(Tensor<1>),
+    /// Through host memory.
+    Host(Handle),
+    /// In the device memory where it lies.
+    Device(Handle, Lease),
 }
 
 /// The gradients of one step.
@@ -40,7 +54,7 @@ pub struct Gradients<'a> {
     /// By bucket: sums over micro-batches.
     sums: Vec<Option<Tensor<1>>>,
     /// By bucket: reductions in flight.
-    flights: Vec<Option<Handle>>,
+    flights: Vec<Option<Flight>>,
     /// Buckets that are complete but wait for the end of the backward pass.
     held: Vec<usize>,
     /// Over this rank's own gradients, if they are to be told from those of other ranks.
@@ -110,58 +124,102 @@ impl<'a> Gradients<'a> {
 
     fn send(&mut self, index: usize) -> Result<(), Error> {
         let sum = self.sums[index].take();
-        let mut values = host(sum.ok_or_else(|| Error::internal("a bucket is sent twice"))?);
+        let sum = sum.ok_or_else(|| Error::internal("a bucket is sent twice"))?;
+        let sum = sum.without_autodiff();
         if let Some(own) = &mut self.own {
-            update(own, &values);
+            update(own, &host(sum.clone()));
         }
-        let Reduction {
-            communicator,
-            shard,
-            dtype,
-            ..
-        } = self.reduction;
-        // The order of a sum depends on the length: it is the same with and without shards.
-        values.resize(
-            padded_len(&self.layout.buckets()[index], communicator.as_ref()),
-            0.0,
-        );
-        let buffer = match dtype {
-            ReduceDtype::Bf16 if communicator.world_size() > 1 => {
-                HostBuffer::Bf16(values.into_iter().map(bf16::from_f32).collect())
-            }
-            _ => HostBuffer::F32(values),
-        };
-        let buffer = Buffer::Host(buffer);
-        self.flights[index] = Some(if *shard == Shard::WHOLE {
-            communicator.all_reduce(buffer, ReduceOp::Sum)?
-        } else {
-            communicator.reduce_scatter(buffer, ReduceOp::Sum)?
-        });
+        let communicator = self.reduction.communicator.as_ref();
+        let padded = padded_len(&self.layout.buckets()[index], communicator);
+        self.flights[index] = Some(self.reduction.send(sum, padded)?);
         Ok(())
     }
 
     /// Waits for the sums over all ranks: this rank's share of each bucket, and the hash of its own
     /// gradients if it was asked for.
-    pub fn finish(mut self) -> Result<(Vec<Vec<f32>>, Option<String>), Error> {
+    pub fn finish(mut self) -> Result<(Vec<Tensor<1>>, Option<String>), Error> {
         for index in std::mem::take(&mut self.held) {
             self.send(index)?;
         }
+        let device = self.device.clone().inner();
         let flights = self.flights.into_iter().zip(self.layout.buckets());
         let reduced = flights.map(|(flight, bucket)| {
             let flight = flight.ok_or_else(|| Error::internal("a bucket was not complete"))?;
-            let mut values: Vec<f32> = match flight.wait()? {
-                Buffer::Host(HostBuffer::F32(values)) => values,
-                Buffer::Host(HostBuffer::Bf16(values)) => {
-                    values.into_iter().map(bf16::to_f32).collect()
+            let share = bucket.share(self.reduction.shard);
+            match flight {
+                Flight::Here(sum) => Ok(sum),
+                Flight::Host(handle) => {
+                    let mut values: Vec<f32> = match handle.wait()? {
+                        Buffer::Host(HostBuffer::F32(values)) => values,
+                        Buffer::Host(HostBuffer::Bf16(values)) => {
+                            values.into_iter().map(bf16::to_f32).collect()
+                        }
+                        other => {
+                            let said = format!("a reduction returned {other:?}");
+                            return Err(Error::internal(said));
+                        }
+                    };
+                    values.truncate(share.len());
+                    Ok(to_device(values, &device))
                 }
-                other => return Err(Error::internal(format!("a reduction returned {other:?}"))),
-            };
-            values.truncate(bucket.share(self.reduction.shard).len());
-            Ok(values)
+                Flight::Device(handle, lease) => {
+                    handle.wait()?;
+                    // In place: the share lies where it lies in the bucket.
+                    Ok(lease.end()?.slice([share]).cast(FloatDType::F32))
+                }
+            }
         });
         let reduced = reduced.collect::<Result<_, _>>()?;
         Ok((reduced, self.own.map(short_hash)))
     }
+}
+
+impl Reduction {
+    /// Sends a bucket as `padded` values. The order of a sum depends on the length: it is the same
+    /// with and without shards.
+    fn send(&self, sum: Tensor<1>, padded: usize) -> Result<Flight, Error> {
+        if let Some(memory) = self.place.lender(self.communicator.as_ref()) {
+            let own = own_memory(sum, 0, padded);
+            let own = if self.narrows() {
+                own.cast(FloatDType::BF16)
+            } else {
+                own
+            };
+            let lease = memory.lease(own)?;
+            let handle = self.submit(Buffer::Device(lease.buffer()))?;
+            return Ok(Flight::Device(handle, lease));
+        }
+        if self.communicator.world_size() == 1 {
+            return Ok(Flight::Here(sum));
+        }
+        let mut values = host(sum);
+        values.resize(padded, 0.0);
+        let buffer = if self.narrows() {
+            HostBuffer::Bf16(values.into_iter().map(bf16::from_f32).collect())
+        } else {
+            HostBuffer::F32(values)
+        };
+        Ok(Flight::Host(self.submit(Buffer::Host(buffer))?))
+    }
+
+    fn submit(&self, buffer: Buffer) -> Result<Handle, Error> {
+        Ok(if self.shard == Shard::WHOLE {
+            self.communicator.all_reduce(buffer, ReduceOp::Sum)?
+        } else {
+            self.communicator.reduce_scatter(buffer, ReduceOp::Sum)?
+        })
+    }
+
+    /// Returns whether values are rounded on the wire.
+    fn narrows(&self) -> bool {
+        self.dtype == ReduceDtype::Bf16 && self.communicator.world_size() > 1
+    }
+}
+
+/// Copies values into memory that nothing else shares, as the part of `len` zeros from `start` on.
+pub(crate) fn own_memory(values: Tensor<1>, start: usize, len: usize) -> Tensor<1> {
+    let end = start + values.dims()[0];
+    Tensor::zeros([len], &values.device()).slice_assign([start..end], values)
 }
 
 /// Returns the length of a bucket that divides by the number of ranks.
@@ -210,3 +268,6 @@ fn short_hash(digest: Sha256) -> String {
         .map(|byte| format!("{byte:02x}"))
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

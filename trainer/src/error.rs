@@ -64,6 +64,18 @@ pub enum Error {
         /// The cap.
         cap: u64,
     },
+    /// The loaders delivered other samples than the sample order says.
+    #[error(
+        "step {step}: the samples that the ranks delivered are not those of the sample order: \
+         {fault}; the weights are those of the step before. Starting again would repeat it: report \
+         it with config.toml and the number of workers"
+    )]
+    Audit {
+        /// The step that was under way.
+        step: u64,
+        /// What differs.
+        fault: Box<crate::audit::AuditFault>,
+    },
     /// Too many samples could not be loaded.
     #[error(
         "{count} samples could not be loaded, above data.max_bad_samples = {cap}; repair or exclude \
@@ -108,9 +120,10 @@ impl Error {
             Self::File { .. } | Self::Unpublished { .. } | Self::Hang { .. } => {
                 ErrorClass::Retryable
             }
-            Self::Mismatch { .. } | Self::NonFinite { .. } | Self::BadSamples { .. } => {
-                ErrorClass::Corrupt
-            }
+            Self::Mismatch { .. }
+            | Self::NonFinite { .. }
+            | Self::BadSamples { .. }
+            | Self::Audit { .. } => ErrorClass::Corrupt,
             Self::Internal(_) => ErrorClass::Fatal,
         }
     }

@@ -3,6 +3,7 @@
 use std::fmt::Write as _;
 
 use pollen_observe::units;
+use serde::Serialize;
 
 use crate::config::RunConfig;
 use crate::layout::{Layout, Shard};
@@ -11,7 +12,7 @@ use crate::layout::{Layout, Shard};
 const ROWS: usize = 8;
 
 /// Bytes that one rank keeps, without activations.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct Memory {
     /// f32 weights, all of them on every rank.
     pub weights: u64,

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use burn::tensor::Tensor;
 use pollen_checkpoints::{Checkpoints, Claim, ManifestHead, Restored};
-use pollen_collectives::{Deadline, Store};
+use pollen_collectives::{Deadline, Store, rendezvous};
 use pollen_core::Clock;
 use pollen_observe::EventLog;
 use serde::{Deserialize, Serialize};
@@ -73,7 +73,12 @@ impl Recovery {
             let restored = to.checkpoints.newest_by(to.config.verify)?;
             to.store.set(KEY, &to_json(&Start { claim, restored })?)?;
         }
-        let start: Start = from_json(&to.store.get(KEY, Deadline::after(to.deadline))?)?;
+        let gone = || rendezvous::gone_ranks(&to.store, to.generation);
+        let from = (0, to.world_size);
+        let start = to
+            .store
+            .get_from(KEY, from, Deadline::after(to.deadline), &gone)?;
+        let start: Start = from_json(&start)?;
         let saver = Saver::new(Place {
             checkpoints: to.checkpoints,
             _runtime: to.runtime,
@@ -199,7 +204,7 @@ fn own_tensors(
         let owner = before as u64 * u64::from(world_size) / total.max(1) as u64;
         before += info.shape.iter().product::<usize>();
         if owner == u64::from(rank) {
-            own.push((name, info.shape, host(values)));
+            own.push((name, info.shape, Arc::new(host(values))));
         }
     }
     own
@@ -211,7 +216,7 @@ fn own_moments(
     trainer: &Trainer,
     rank: u32,
     world_size: u32,
-) -> Vec<(&'static str, usize, Vec<f32>)> {
+) -> Vec<(&'static str, usize, Arc<Vec<f32>>)> {
     let len = trainer.layout.len();
     let range = if trainer.optimizer.shard() == Shard::WHOLE {
         let cut = |rank: u32| (len as u64 * u64::from(rank) / u64::from(world_size)) as usize;
@@ -219,7 +224,13 @@ fn own_moments(
     } else {
         0..len
     };
-    trainer.optimizer.moments(&trainer.layout, &range)
+    let moments = trainer
+        .optimizer
+        .moments(&trainer.layout, &range)
+        .into_iter();
+    moments
+        .map(|(name, offset, values)| (name, offset, Arc::new(values)))
+        .collect()
 }
 
 pub(crate) fn to_json(value: &impl Serialize) -> Result<Vec<u8>, Error> {

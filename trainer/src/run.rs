@@ -11,11 +11,13 @@ use pollen_core::{ActionSpace, Clock, Seed, SystemClock};
 use pollen_dataloader::{Data, Loader, LoaderArgs, Mixture, ModelShape, ORDER_VERSION};
 use pollen_model::Flower;
 use pollen_observe::{Budget, Event, EventLog, StartEvent};
-use pollen_storage::{Observer, Recovered, Retry, Storage};
+use pollen_storage::{Observer, Storage};
 
 use crate::batch::BatchBuilder;
 use crate::config::RunConfig;
 use crate::data_parallel::Reduction;
+use crate::device::{DeviceKind, Seat};
+use crate::device_memory::Place;
 use crate::ema::Ema;
 use crate::error::Error;
 use crate::layout::{Layout, Shard};
@@ -27,6 +29,7 @@ use crate::recovery::{Connection, Identity, Recovery};
 use crate::schedule::EmaConfig;
 use crate::signals::StopFlags;
 use crate::step::Trainer;
+use crate::store_events::StoreEvents;
 use crate::training_loop::{Outcome, Session, evaluate, skipped, train};
 use crate::watchdog::{Post, Verdict, Watchdog};
 
@@ -45,6 +48,8 @@ pub struct WorkerArgs {
     pub run_id: String,
     /// This worker's rank.
     pub rank: u32,
+    /// This worker's number on its machine.
+    pub local_rank: u32,
     /// Number of workers.
     pub world_size: u32,
     /// Which start of the run this is.
@@ -53,37 +58,6 @@ pub struct WorkerArgs {
     pub store: String,
     /// Continue although a dataset changed since the checkpoint.
     pub accept_new_data: bool,
-}
-
-/// Writes storage retries into the run's events.
-#[derive(Debug)]
-struct StoreEvents(EventLog);
-
-impl Observer for StoreEvents {
-    fn retry(&self, retry: &Retry) {
-        let event = Event::StoreRetry {
-            operation: retry.operation.to_owned(),
-            path: retry.path.clone(),
-            attempt: retry.attempt,
-            waited_s: retry.waited.as_secs_f64(),
-            error: retry.error.clone(),
-        };
-        if let Err(error) = self.0.append(event) {
-            tracing::warn!(%error, "a storage retry could not be recorded");
-        }
-    }
-
-    fn recovered(&self, recovered: &Recovered) {
-        let event = Event::StoreRecovered {
-            operation: recovered.operation.to_owned(),
-            path: recovered.path.clone(),
-            attempts: recovered.attempts,
-            waited_s: recovered.waited.as_secs_f64(),
-        };
-        if let Err(error) = self.0.append(event) {
-            tracing::warn!(%error, "a storage recovery could not be recorded");
-        }
-    }
 }
 
 /// Runs a worker to its end and records it.
@@ -97,7 +71,7 @@ pub fn run_worker(args: WorkerArgs, stop: StopFlags) -> Result<Outcome, Error> {
     let generation = args.generation;
     let log = || EventLog::open(&path, &run, generation, Some(rank));
     let events = log()?;
-    let observer: Arc<dyn Observer> = Arc::new(StoreEvents(log()?));
+    let observer: Arc<dyn Observer> = Arc::new(StoreEvents::new(log()?));
     let verdict = Verdict::default();
     let result = Worker::new(args, stop, observer, (log()?, verdict.clone()))
         .and_then(|worker| worker.run(log()?))
@@ -121,6 +95,7 @@ struct Worker {
     observer: Arc<dyn Observer>,
     store: Store,
     communicator: Arc<dyn Communicator>,
+    seat: Seat,
     clock: Arc<dyn Clock>,
     deadline: Duration,
     pulse: Arc<Pulse>,
@@ -167,8 +142,15 @@ impl Worker {
             verdict,
         })?;
         crate::faults::reach(0, Phase::Rendezvous.name());
-        let communicator =
-            rendezvous::connect(config, &store, args.rank, args.world_size, args.generation)?;
+        let seat = Seat::of(args.config.train.device, args.local_rank)?;
+        let communicator = rendezvous::connect_on(
+            config,
+            &store,
+            args.rank,
+            args.world_size,
+            args.generation,
+            seat.gpu(),
+        )?;
         if let Some(watchdog) = &watchdog {
             watchdog.guard(&communicator);
         }
@@ -179,6 +161,7 @@ impl Worker {
             observer,
             store,
             communicator,
+            seat,
             clock,
             deadline,
             pulse,
@@ -191,9 +174,10 @@ impl Worker {
         self.enter(Phase::Open);
         let data = self.data()?;
         let mixture = Arc::new(data.mixture(Seed::new(config.seed))?);
-        let device = Device::flex().autodiff();
+        let device = self.seat.open()?.autodiff();
         let seed = Seed::new(config.seed).child("weights");
         let model = config.model.init(&config.action_spaces, seed, &device)?;
+        let model = model.with_precision(config.train.precision);
         let layout = Layout::of_run(config)?;
         let identity = self.identity(&data, &layout);
         let url = format!("{}/checkpoints", self.args.run_url.trim_end_matches('/'));
@@ -246,7 +230,12 @@ impl Worker {
         };
         self.enter(Phase::Open);
         let mut trainer = self.trainer(data, mixture, layout, device, state)?;
-        self.announce(&session, restored.as_ref(), &url, trainer.step)?;
+        self.announce(
+            &session,
+            restored.as_ref(),
+            (&url, self.seat.kind()),
+            trainer.step,
+        )?;
         let outcome = train(&mut trainer, &mut session)?;
         if outcome.exit == pollen_core::ExitCode::Done && trainer.eval_error().is_none() {
             evaluate(&mut trainer, &session)?;
@@ -362,6 +351,7 @@ impl Worker {
                 shard: self.shard(),
                 dtype: self.args.config.train.reduce_dtype,
                 overlap: self.args.config.train.overlap,
+                place: Place::of(&device)?,
             },
             device,
             timer: PhaseTimer::new(Arc::clone(&self.clock), Arc::clone(&self.pulse)),
@@ -379,7 +369,7 @@ impl Worker {
         &self,
         session: &Session,
         restored: Option<&Restored>,
-        url: &str,
+        (url, device): (&str, DeviceKind),
         step: u64,
     ) -> Result<(), Error> {
         if self.args.rank != 0 {
@@ -399,7 +389,7 @@ impl Worker {
             steps: config.train.steps,
             global_batch: u64::from(config.train.global_batch),
             communicator: self.communicator.name().to_owned(),
-            device: "cpu".into(),
+            device: device.name().into(),
             gpu_hours_before: restored.map_or(0.0, |r| r.manifest.head.gpu_hours_spent),
             max_gpu_hours: Some(config.budget.max_gpu_hours),
         }))?;

@@ -14,7 +14,7 @@ use std::time::Duration;
 use pollen_checkpoints::{
     Checkpoints, Claim, FileRecord, FlatSlice, ManifestHead, Published, TensorSlice, Values,
 };
-use pollen_collectives::{Deadline, Store};
+use pollen_collectives::{Deadline, Store, rendezvous};
 use pollen_core::Clock;
 use pollen_observe::{Event, EventLog};
 
@@ -41,7 +41,7 @@ pub(crate) struct Place {
 }
 
 /// Name, shape and values of a whole tensor.
-pub(crate) type NamedTensor = (String, Vec<usize>, Vec<f32>);
+pub(crate) type NamedTensor = (String, Vec<usize>, Arc<Vec<f32>>);
 
 /// One rank's part of a checkpoint, copied to host memory: the training may go on and change what
 /// it was copied from.
@@ -53,7 +53,7 @@ pub(crate) struct Snapshot {
     /// The averaged weights of the same tensors, if there are any.
     pub(crate) averages: Option<Vec<NamedTensor>>,
     /// Ranges of the optimizer's flat arrays: name, first element, values.
-    pub(crate) moments: Vec<(&'static str, usize, Vec<f32>)>,
+    pub(crate) moments: Vec<(&'static str, usize, Arc<Vec<f32>>)>,
     /// Length of each flat array.
     pub(crate) flat_len: usize,
 }
@@ -147,20 +147,23 @@ impl Place {
         let step = snapshot.head.step;
         let own = self.write_part(&snapshot);
         let told = own.as_ref().map_err(ToString::to_string);
-        let parts = self.store.gather(
+        // A rank that died gives nothing any more; what it gave before counts.
+        let gone = || rendezvous::gone_ranks(&self.store, self.claim.generation);
+        let parts = self.store.gather_from_living(
             &format!("checkpoint/{step}"),
-            self.rank,
-            self.world_size,
+            (self.rank, self.world_size),
             &to_json(&told)?,
             Deadline::after(self.deadline),
+            &gone,
         )?;
         // Its own failure says most; the others hear of it.
         own?;
         let done = format!("published/{step}");
         if self.rank != 0 {
-            let verdict: Result<(), String> =
-                from_json(&self.store.get(&done, Deadline::after(self.deadline))?)?;
-            return match verdict {
+            let from = (0, self.world_size);
+            let deadline = Deadline::after(self.deadline);
+            let verdict = self.store.get_from(&done, from, deadline, &gone)?;
+            return match from_json::<Result<(), String>>(&verdict)? {
                 Ok(()) => Ok(None),
                 Err(reason) => Err(Error::Unpublished { step, reason }),
             };
@@ -186,7 +189,7 @@ impl Place {
                 name: (*name).to_owned(),
                 global_len: snapshot.flat_len as u64,
                 offset: *offset as u64,
-                values,
+                values: Values::Shared(values),
             })
             .collect();
         let mut files = vec![
@@ -209,7 +212,7 @@ fn slices(tensors: &[NamedTensor]) -> Vec<TensorSlice<'_>> {
         .map(|(name, shape, values)| TensorSlice {
             name: name.clone(),
             shape: shape.clone(),
-            values: Values::F32(values),
+            values: Values::Shared(values),
         })
         .collect()
 }

@@ -17,6 +17,7 @@ use crate::layout::Layout;
 use crate::optim::AdamW;
 use crate::phases::{Phase, PhaseTimer};
 use crate::signals::StopFlags;
+use crate::update::{learning_rates, square_sums};
 use crate::verdict::Verdict;
 
 /// What one step did.
@@ -111,7 +112,7 @@ impl Trainer {
 
         self.timer.enter(Phase::AllReduce);
         let (reduced, own_hash) = gradients.finish()?;
-        let square_sums = self.square_sums(&reduced)?;
+        let square_sums = square_sums(&self.layout, &self.reduction, &reduced)?;
         let verdict = self.agree(verdict)?;
         self.check_count(verdict, global.valid_entries)?;
         let audit = self.audit(delivered)?;
@@ -121,7 +122,8 @@ impl Trainer {
         let grad_norm = clip::norm(&square_sums);
         let exchange = own_hash.map(|own| (own, crate::data_parallel::hash(&square_sums)));
         let skipped = !(verdict.loss.is_finite() && grad_norm.is_finite());
-        let learning_rate = self.learning_rates();
+        let optimizer = &self.config.train.optimizer;
+        let learning_rate = learning_rates(optimizer, self.optimizer.updates());
         if skipped {
             self.non_finite += 1;
         } else {
@@ -192,27 +194,31 @@ impl Trainer {
         )))
     }
 
-    /// Gathers what the loaders of all ranks delivered: each sample of the global batch once.
+    /// Gathers what the loaders of all ranks delivered and compares it with the sample order.
     fn audit(&mut self, delivered: Vec<i64>) -> Result<Option<Vec<u64>>, Error> {
         if self.audits_left == 0 {
             return Ok(None);
         }
         self.audits_left -= 1;
         let gathered = self.communicator.all_gather(delivered.into())?.wait()?;
-        let mut samples: Vec<i64> = gathered.try_into()?;
-        samples.sort_unstable();
-        let size = i64::from(self.config.train.global_batch);
-        let first = self.step as i64 * size;
-        if samples.iter().copied().ne(first..first + size) {
-            return Err(Error::internal(format!(
-                "step {}: the loaders of all ranks together delivered the samples {samples:?}, \
-                 not each of {first}..{} once",
-                self.step,
-                first + size
-            )));
+        let gathered: Vec<i64> = gathered.try_into()?;
+        let gathered: Vec<u64> = gathered.into_iter().map(|id| id as u64).collect();
+        let (size, world_size) = (
+            self.config.train.global_batch as usize,
+            self.communicator.world_size() as usize,
+        );
+        let due: Vec<Vec<u64>> = (0..world_size)
+            .map(|rank| {
+                let slice = self.mixture.rank_slice(self.step, size, rank, world_size);
+                slice.into_iter().map(|(index, _)| index).collect()
+            })
+            .collect();
+        match crate::audit::check(&gathered, &due) {
+            Ok(samples) => Ok(Some(samples)),
+            Err(fault) => Err(Error::Audit {
+                step: self.step + 1,
+                fault: Box::new(fault),
+            }),
         }
-        Ok(Some(
-            samples.into_iter().map(|sample| sample as u64).collect(),
-        ))
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pollen_core::{Clock, ExitCode};
-use pollen_observe::{Budget, Event, EventLog, SkippedCheckpoint, StepEvent};
+use pollen_observe::{Budget, Event, EventLog, MixtureShare, SkippedCheckpoint, StepEvent};
 
 use crate::error::Error;
 use crate::phases::Phase;
@@ -44,6 +44,7 @@ pub fn train(trainer: &mut Trainer, session: &mut Session) -> Result<Outcome, Er
         trainer.over_budget = session.budget.is_spent(session.clock.wall());
         trainer.save_failed = session.recovery.has_failed();
         let report = trainer.train_step()?;
+        trainer.stop.first_step_done();
         let elapsed = session.clock.monotonic().saturating_sub(began);
         log_step(trainer, session, &report, elapsed)?;
 
@@ -122,8 +123,31 @@ fn save(trainer: &mut Trainer, session: &mut Session) -> Result<(), Error> {
     trainer.timer.close();
     if trainer.communicator.rank() == 0 {
         session.events.append(session.budget.event(now))?;
+        session.events.append(mixture_event(trainer))?;
     }
     Ok(())
+}
+
+/// What the datasets have given so far, from the sample order, against their target.
+fn mixture_event(trainer: &Trainer) -> Event {
+    let samples = trainer.step * u64::from(trainer.config.train.global_batch);
+    let counts = trainer.mixture.counts_before(samples);
+    let shares = counts.iter().zip(trainer.mixture.shares());
+    let datasets = trainer.mixture.names().iter().zip(shares);
+    Event::Mixture {
+        step: trainer.step,
+        samples,
+        datasets: datasets
+            .map(|(name, (&count, target))| {
+                let share = MixtureShare {
+                    samples: count,
+                    share: count as f64 / samples as f64,
+                    target,
+                };
+                (name.clone(), share)
+            })
+            .collect(),
+    }
 }
 
 /// Measures on held-out episodes with all ranks.

@@ -71,6 +71,11 @@ impl Watchdog {
         let (stop, stopped) = channel();
         let communicator = Leash::default();
         let leash = Arc::clone(&communicator);
+        // Before the training thread goes on: a rank that never beat is left to the join deadline,
+        // which ends the launch without a name for who is stuck.
+        if let Err(error) = post.beat(false) {
+            tracing::warn!(rank = post.rank, %error, "no first beat");
+        }
         let thread = std::thread::Builder::new()
             .name("pollen-watch".into())
             .spawn(move || post.keep(&stopped, &leash))
@@ -130,19 +135,21 @@ impl Post {
                 _ => break,
             }
         }
-        let farewell = self
-            .store
-            .beat(self.rank, &self.pulse.beat(&self.host, true));
-        if let Err(error) = farewell {
+        if let Err(error) = self.beat(true) {
             tracing::debug!(rank = self.rank, %error, "ended without a last beat");
         }
+    }
+
+    /// Tells the others that this rank lives, or, at the `end`, that it has left in good order.
+    fn beat(&self, end: bool) -> Result<(), Error> {
+        let beat = self.pulse.beat(&self.host, end);
+        Ok(self.store.beat(self.rank, &beat)?)
     }
 
     /// Beats, and returns the hang that this rank or another one found, and whether it was this
     /// one.
     fn look(&self, watch: &mut Watch) -> Result<Option<(Hang, bool)>, Error> {
-        self.store
-            .beat(self.rank, &self.pulse.beat(&self.host, false))?;
+        self.beat(false)?;
         if let Some(hang) = self.store.declared_hang()? {
             return Ok(Some((hang, false)));
         }

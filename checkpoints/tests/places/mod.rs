@@ -151,7 +151,7 @@ pub(crate) fn write_rank(
         name: "m".into(),
         global_len: FLAT,
         offset: from,
-        values: &flat[from as usize..to as usize],
+        values: Values::F32(&flat[from as usize..to as usize]),
     };
     let mut files = vec![
         writer.write_model(&[tensor]).unwrap(),

@@ -28,6 +28,7 @@ pub(crate) fn run(args: WorkerArgs) -> Result<ExitCode> {
             run_dir: args.run_dir.clone(),
             run_url: args.run_url,
             rank: worker.rank,
+            local_rank: worker.local_rank,
             world_size: worker.world_size,
             generation: worker.generation,
             store: format!("{}:{}", worker.master_addr, worker.master_port),
