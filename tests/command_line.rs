@@ -55,3 +55,15 @@ fn wrong_credentials_are_named() {
         .expect(2);
     assert_one_line(&run, &["AWS_SECRET_ACCESS_KEY"]);
 }
+
+#[test]
+fn a_gpu_that_is_not_there_is_refused_and_the_cpu_offered() {
+    let lab = Lab::folder();
+    let run = lab
+        .launch("gpu", 1)
+        .set(&["train.device=cuda"])
+        .env("CUDA_VISIBLE_DEVICES", "")
+        .run()
+        .expect(2);
+    assert_one_line(&run, &["train.device", "no GPU", "train.device=cpu"]);
+}

@@ -41,7 +41,7 @@ fn the_address_is_all_that_is_asked_for() {
         };
         let plain = plan.replace("1,024", "1024").replace("1,200", "1200");
         assert!(plain.contains(batch) && plan.contains(steps), "{plan}");
-        assert!(plan.contains("capped at 200 worker-hours"), "{plan}");
+        assert!(plan.contains("capped at 200 GPU-hours"), "{plan}");
         let rows = stdout(&pollen(&["config", "explain", recipe], root));
         let row = |key: &str| {
             let found = rows

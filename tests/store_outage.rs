@@ -125,3 +125,53 @@ fn a_store_that_dies_and_comes_back_is_waited_for() {
     server.kill().unwrap();
     server.wait().unwrap();
 }
+
+#[test]
+fn wrong_credentials_are_named_and_end_the_run_at_once() {
+    let lab = Lab::s3();
+    for (name, variable) in [
+        ("key", "AWS_ACCESS_KEY_ID"),
+        ("secret", "AWS_SECRET_ACCESS_KEY"),
+    ] {
+        let run = lab.launch(name, 2).env(variable, "wrong").run().expect(2);
+        assert!(run.stderr.contains(variable), "{}", run.stderr);
+    }
+}
+
+/// The limit of a file's size stands for a disk that is full: the write fails.
+#[test]
+fn a_full_disk_is_named_and_costs_no_checkpoint() {
+    let lab = Lab::folder();
+    let calm = lab.launch("calm", 2).run().expect(0);
+    let set = &["launch.max_restarts=1"];
+    let whole = &["train.steps=2", "launch.max_restarts=1"];
+    let before = lab.launch("full", 2).set(whole).run().expect(0);
+    assert_eq!(lab::saved_steps(&before.run_dir()), [2]);
+    let full = lab
+        .launch("full", 2)
+        .set(set)
+        .file_limit(64)
+        .run()
+        .expect(1);
+    let said = full.stderr.clone() + &full.stdout;
+    assert!(said.contains("no space left for"), "{said}");
+    assert!(
+        said.contains("step-00000004"),
+        "the object is named: {said}"
+    );
+    let codes = full
+        .events()
+        .into_iter()
+        .find_map(|record| match record.event {
+            Event::Restart { exit_codes, .. } => Some(exit_codes),
+            _ => None,
+        });
+    assert!(codes.unwrap().contains(&75), "the node is suspect");
+    // With room again it goes on from what was saved before.
+    let run = lab.launch("full", 2).set(set).run().expect(0);
+    assert_eq!(
+        run.state_hashes(&lab, STEPS),
+        calm.state_hashes(&lab, STEPS)
+    );
+    assert!(run.restores().iter().all(|step| *step == 2));
+}

@@ -8,6 +8,7 @@ mod lab;
 use std::collections::BTreeMap;
 
 use lab::{Finished, Lab, NO_DROPOUT, open_checkpoint};
+use pollen_checkpoints::{Change, diff};
 use pollen_observe::Event;
 use pollen_trainer::layout::{Entry, Layout};
 
@@ -182,6 +183,40 @@ fn four_workers_become_two_and_then_three() {
         let what = format!("step {step}");
         assert_close(&what, &want.layout, &got.exp_avg, &want.exp_avg, 1e-3);
         assert_close(&what, &want.layout, &got.exp_avg_sq, &want.exp_avg_sq, 1e-3);
+    }
+}
+
+/// A step whose loss is not finite changes nothing: what follows a resume is what was restored.
+#[test]
+fn what_other_numbers_of_workers_restore_is_what_was_saved_to_the_bit() {
+    let lab = Lab::folder();
+    let saves = ["checkpoint.every_steps=1", "train.ema.power=0.75"];
+    let mut runs = Vec::new();
+    for (workers, steps, shards) in [(4, 3, true), (2, 4, false), (3, 5, true), (1, 6, false)] {
+        let sets = [
+            format!("train.steps={steps}"),
+            format!("train.shard_optimizer={shards}"),
+        ];
+        let launch = lab.launch("still", workers).set(NO_DROPOUT).set(BATCH);
+        let launch = launch.set(&["train.clip_norm=1e9", "checkpoint.keep_last=100"]);
+        let launch = launch.set(&saves).set(&[&sets[0], &sets[1]]);
+        let poison = "poison@rank=0,step=4;poison@rank=0,step=5;poison@rank=0,step=6";
+        runs.push(launch.fault(poison).run().expect(0));
+    }
+    let run = runs.pop().unwrap();
+    assert_eq!(run.restores(), [3, 4, 5]);
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let (first, saved) = open_checkpoint(&run, 3, &runtime);
+    for step in [4, 5, 6] {
+        let (other, restored) = open_checkpoint(&run, step, &runtime);
+        let head = &restored.manifest.head;
+        assert_eq!((head.step, head.updates), (step, 3));
+        let diffs = diff((&first, &saved), (&other, &restored)).unwrap();
+        assert!(diffs.iter().any(|one| one.name.starts_with("ema:")));
+        assert!(diffs.iter().any(|one| one.name == "optim:exp_avg_sq"));
+        for one in diffs {
+            assert_eq!(one.change, Change::None, "step {step}: {}", one.name);
+        }
     }
 }
 

@@ -1,8 +1,16 @@
 //! The command line.
 
+mod bench;
+mod gpu_check;
+mod plan;
+
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+
+pub(crate) use bench::{BenchArgs, Measure, Switch};
+pub(crate) use gpu_check::{CheckedDevice, GpuCheckArgs, NcclRank};
+pub(crate) use plan::{PlanArgs, SimulationArgs};
 
 /// Trains FLOWER, a vision-language-action flow policy, on robot episodes in object storage.
 ///
@@ -21,8 +29,7 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Starts a recipe's workers and supervises them, or continues its newest unfinished run
     Launch(LaunchArgs),
-    /// Prints what a recipe would do and cost, without starting it
-    Plan(RecipeArgs),
+    Plan(PlanArgs),
     /// Lists running runs: step, rate, workers and their last signs of life
     Ps(PsArgs),
     /// Prints the workers' logs of a run's latest start
@@ -44,6 +51,8 @@ pub(crate) enum Command {
     /// Describes a recipe's model
     #[command(subcommand)]
     Model(ModelCommand),
+    Bench(BenchArgs),
+    GpuCheck(GpuCheckArgs),
     /// Writes a checkpoint's weights under the names that others know, in Hugging Face's layout
     Export(ExportArgs),
     /// Brings published weights in
@@ -182,6 +191,104 @@ pub(crate) enum DataCommand {
     Index(RecipeArgs),
     /// Converts a dataset to LeRobotDataset v3.0 with images; the same command goes on after a kill
     Convert(ConvertArgs),
+    /// Prints mean, deviation, range and quantiles of each dimension after the action transform.
+    ///
+    /// Reads actions and states only, never images. The result is kept beside the dataset under the
+    /// hash of data and transform; the loader uses the same one.
+    Stats(StatsArgs),
+    /// Writes a file of configs/datasets/ from what a dataset says of itself, and checks it.
+    ///
+    /// Cameras, fields, rate and chunk length come from meta/info.json. The columns tell gripper
+    /// polarity (correlation with the gripper's state), delta or absolute actions (comparison with
+    /// the states after them), tiny ranges, copies of episodes, the share with an instruction and
+    /// the share of idle frames. Each is printed with its figures and what to set, and stands as a
+    /// comment in the file.
+    Add(AddArgs),
+    /// Writes a page and a contact sheet of some episodes: frames with times, the instruction,
+    /// action curves by dimension, raw and normalised
+    Inspect(InspectArgs),
+}
+
+/// Which datasets a command is about.
+#[derive(Debug, Args)]
+pub(crate) struct DataTargetArgs {
+    /// URL or folder of a dataset, name of a recipe (all its datasets), or name of a dataset in
+    /// configs/datasets/
+    #[arg(value_name = "URL|DATASET|RECIPE")]
+    pub(crate) target: String,
+    /// With a URL: the dataset of configs/datasets/ that says what its columns are; without it they
+    /// are taken as stored. With a recipe: only this one of its datasets
+    #[arg(long, value_name = "NAME")]
+    pub(crate) dataset: Option<String>,
+    /// URL of the folder that holds the datasets, in place of data.root and POLLEN_DATA__ROOT
+    #[arg(long, value_name = "URL")]
+    pub(crate) root: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatsArgs {
+    #[command(flatten)]
+    pub(crate) target: DataTargetArgs,
+    /// Checks for constant dimensions, tiny ranges, outliers, NaN and grippers outside their range
+    #[arg(long)]
+    pub(crate) warn: bool,
+    /// Prints one JSON object a dataset
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct AddArgs {
+    /// URL or folder of a LeRobotDataset v3.0 with images
+    pub(crate) url: String,
+    /// What the dataset is to be called: letters, digits, _ and -
+    pub(crate) name: String,
+    /// Its action space, a file of configs/embodiments/; found by width and motion when not given
+    #[arg(long, value_name = "NAME")]
+    pub(crate) embodiment: Option<String>,
+    /// The robot's name in prompts, in place of robot_type in meta/info.json
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) robot: Option<String>,
+    /// The file to write, in place of configs/datasets/NAME.toml
+    #[arg(long, value_name = "FILE")]
+    pub(crate) out: Option<PathBuf>,
+    /// Writes over a file that exists
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    #[command(flatten)]
+    pub(crate) target: DataTargetArgs,
+    /// Episodes by number, for example 0,3,10-12; by default the first, the middle and the last one
+    #[arg(long, value_delimiter = ',', value_name = "NUMBERS", value_parser = episode_range)]
+    pub(crate) episodes: Vec<std::ops::RangeInclusive<u64>>,
+    /// Frames of each episode that are shown
+    #[arg(long, default_value = "8", value_name = "COUNT")]
+    pub(crate) frames: std::num::NonZeroUsize,
+    /// Folder that DATASET/index.html and DATASET/sheet.png are written to
+    #[arg(long, default_value = "inspect", value_name = "DIR")]
+    pub(crate) out: PathBuf,
+}
+
+/// Most episodes that one range may name.
+const MAX_EPISODES: u64 = 100;
+
+fn episode_range(text: &str) -> Result<std::ops::RangeInclusive<u64>, String> {
+    let number = |text: &str| {
+        text.trim()
+            .parse::<u64>()
+            .map_err(|e| format!("{text:?}: {e}"))
+    };
+    let (first, last) = match text.split_once('-') {
+        Some((first, last)) => (number(first)?, number(last)?),
+        None => (number(text)?, number(text)?),
+    };
+    if first > last || last - first >= MAX_EPISODES {
+        return Err(format!("write FIRST-LAST, at most {MAX_EPISODES} episodes"));
+    }
+    Ok(first..=last)
 }
 
 #[derive(Debug, Args)]

@@ -32,6 +32,8 @@ fn main() -> ExitCode {
         Command::Config(args) => commands::config::run(&args),
         Command::Data(args) => commands::data::run(&args),
         Command::Model(args) => commands::model::run(&args),
+        Command::Bench(args) => commands::bench::run(&args),
+        Command::GpuCheck(args) => commands::gpu_check::run(&args),
         Command::Export(args) => commands::export::run(&args),
         Command::Weights(args) => commands::weights::run(&args),
     };

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
-use pollen_core::{ActionSpaceFile, ConfigError, Layered};
+use pollen_core::{ActionSpace, ActionSpaceFile, ConfigError, Layered};
 use pollen_trainer::RunConfig;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -33,8 +33,9 @@ pub(crate) struct Recipe {
 }
 
 /// Keys that do not make another run: how long it may go, what it may cost, where and how it runs.
-const NOT_IDENTITY: [&[&str]; 12] = [
+const NOT_IDENTITY: [&[&str]; 13] = [
     &["train", "steps"],
+    &["train", "device"],
     &["train", "overlap"],
     &["train", "shard_optimizer"],
     &["budget"],
@@ -186,15 +187,20 @@ fn resolve_embodiments(layered: &mut Layered, configs: &Path) -> Result<()> {
     let names = names.as_array().cloned().unwrap_or_default();
     let mut spaces = Vec::new();
     for name in names {
-        let name = name.as_str().unwrap_or_default().to_owned();
-        let path = configs.join("embodiments").join(format!("{name}.toml"));
-        let origin = path.display().to_string();
-        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::Read {
-            path: origin.clone(),
-            source,
-        })?;
-        spaces.push(Value::try_from(ActionSpaceFile::parse(&text, &origin)?)?);
+        let space = action_space(configs, name.as_str().unwrap_or_default())?;
+        spaces.push(Value::try_from(space)?);
     }
     layered.insert("action_spaces", Value::Array(spaces), "embodiments")?;
     Ok(())
+}
+
+/// Reads the action space `name` of `configs/embodiments/`.
+pub(crate) fn action_space(configs: &Path, name: &str) -> Result<ActionSpace> {
+    let path = configs.join("embodiments").join(format!("{name}.toml"));
+    let origin = path.display().to_string();
+    let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::Read {
+        path: origin.clone(),
+        source,
+    })?;
+    Ok(ActionSpaceFile::parse(&text, &origin)?)
 }

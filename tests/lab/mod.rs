@@ -17,18 +17,20 @@
     reason = "tests"
 )]
 
+mod process;
 mod store;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pollen_launcher::{ObjectServer, find_weed};
 use pollen_observe::{Event, Record, read_events};
 use tempfile::TempDir;
 
-pub use store::{fetch, list, open_checkpoint};
+pub use process::{is_alive, processes_of, signal, wait_for, wait_for_mark};
+pub use store::{fetch, list, open, open_checkpoint};
 
 /// Longest wait for anything: about ten times what it takes.
 pub const PATIENCE: Duration = Duration::from_mins(5);
@@ -117,7 +119,8 @@ impl Lab {
         self.dir.path().join(name)
     }
 
-    fn base_url(&self) -> String {
+    /// The URL below which runs and data lie.
+    pub fn base_url(&self) -> String {
         match &self.server {
             Some(_) => "s3://pollen-test".into(),
             None => format!("file://{}", self.path("bucket").display()),
@@ -188,6 +191,21 @@ impl Launch {
     /// Sets an environment variable.
     pub fn env(mut self, name: &str, value: &str) -> Self {
         self.command.env(name, value);
+        self
+    }
+
+    /// Limits the size of the files that the command and its workers write, in KiB.
+    pub fn file_limit(mut self, kib: u32) -> Self {
+        let pollen = std::mem::replace(&mut self.command, Command::new("bash"));
+        let script = format!("ulimit -f {kib} && exec \"$@\"");
+        self.command.args(["-c", &script, "limited"]);
+        self.command
+            .arg(pollen.get_program())
+            .args(pollen.get_args());
+        self.command.current_dir(root());
+        let variables = pollen.get_envs();
+        self.command
+            .envs(variables.filter_map(|(name, value)| Some((name, value?))));
         self
     }
 
@@ -274,46 +292,6 @@ impl Drop for Running {
             let _ = child.wait();
         }
     }
-}
-
-/// Sends a signal to one process.
-pub fn signal(pid: u32, name: &str) {
-    let status = Command::new("kill")
-        .args(["-s", name, &pid.to_string()])
-        .status()
-        .unwrap();
-    assert!(status.success(), "kill -s {name} {pid}");
-}
-
-/// Returns whether a process exists and is no zombie.
-pub fn is_alive(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| {
-        !stat
-            .rsplit(')')
-            .next()
-            .unwrap()
-            .trim_start()
-            .starts_with('Z')
-    })
-}
-
-/// Waits until `ready` returns something.
-pub fn wait_for<T>(what: &str, mut ready: impl FnMut() -> Option<T>) -> T {
-    let start = Instant::now();
-    loop {
-        if let Some(value) = ready() {
-            return value;
-        }
-        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// Waits until a fault wrote its mark and returns the process id in it.
-pub fn wait_for_mark(path: &Path) -> u32 {
-    wait_for(&format!("the mark {}", path.display()), || {
-        std::fs::read_to_string(path).ok()?.parse().ok()
-    })
 }
 
 /// What a launcher left.

@@ -37,7 +37,8 @@ pub fn list(lab: &Lab, url: &str) -> Vec<String> {
     objects.into_iter().map(|object| object.path).collect()
 }
 
-fn open(lab: &Lab, url: &str) -> pollen_storage::Storage {
+/// Opens a folder of the lab's store.
+pub fn open(lab: &Lab, url: &str) -> pollen_storage::Storage {
     let mut variables: std::collections::HashMap<String, String> = std::env::vars().collect();
     if let Some(server) = &lab.server {
         variables.extend(server.variables());

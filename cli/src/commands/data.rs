@@ -1,4 +1,9 @@
-//! `pollen data`: a recipe's datasets, indexed where they are not yet; conversion.
+//! `pollen data`: a recipe's datasets, indexed where they are not yet; statistics; conversion.
+
+mod add;
+mod inspect;
+mod stats;
+mod target;
 
 use std::io::Write;
 use std::sync::Arc;
@@ -15,6 +20,9 @@ pub(crate) fn run(command: &DataCommand) -> Result<ExitCode> {
     match command {
         DataCommand::Index(args) => index(args),
         DataCommand::Convert(args) => super::convert::run(args),
+        DataCommand::Stats(args) => stats::run(args),
+        DataCommand::Add(args) => add::run(args),
+        DataCommand::Inspect(args) => inspect::run(args),
     }
 }
 

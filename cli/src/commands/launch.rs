@@ -13,6 +13,7 @@ use pollen_launcher::{
 };
 use pollen_observe::{EventLog, NextCommand, Progress, RunView, Sink, read_events, summary};
 use pollen_storage::{Silent, Storage};
+use pollen_trainer::device::Offer;
 
 use super::plan::plan_of;
 use crate::args::LaunchArgs;
@@ -40,6 +41,9 @@ pub(crate) fn run(args: &LaunchArgs) -> Result<ExitCode> {
     if let Some(text) = already_complete(&request)? {
         say(&text)?;
         return Ok(ExitCode::Done);
+    }
+    if let (_, Some(note)) = recipe.config.train.device.resolve(&Offer::here())? {
+        tracing::warn!("{note}");
     }
     let mut run = RunDir::find_or_create(&request)?;
     let lock = run.lock()?;

@@ -10,9 +10,6 @@ use serde_json::{Map, Value, json};
 use crate::args::ModelCommand;
 use crate::recipe::Recipe;
 
-/// Bytes of a value that is kept for the backward pass.
-const VALUE_BYTES: u64 = 4;
-
 pub(crate) fn run(command: &ModelCommand) -> Result<ExitCode> {
     let ModelCommand::Describe(args) = command;
     let recipe = Recipe::load(&args.recipe.recipe, &args.recipe.overrides)?;
@@ -22,7 +19,7 @@ pub(crate) fn run(command: &ModelCommand) -> Result<ExitCode> {
         &config.action_spaces,
         config.data.text_length,
         config.train.micro_batch.into(),
-        VALUE_BYTES,
+        config.train.precision.value_bytes(),
     )?;
     let mut out = std::io::stdout().lock();
     if args.json {
