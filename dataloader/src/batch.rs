@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::pixels::Pixels;
 use crate::sampler::SampleRef;
 
 /// What the model expects of a batch.
@@ -32,6 +33,13 @@ pub struct BatchDims {
     pub action_width: usize,
     /// P, width of the widest proprioception.
     pub proprio_width: usize,
+}
+
+impl BatchDims {
+    /// Returns the bytes of one image, `[3, S, S]`.
+    pub fn image_bytes(&self) -> usize {
+        3 * self.image_size * self.image_size
+    }
 }
 
 /// A sample that could not be loaded: its slot holds black images and counts nowhere.
@@ -65,7 +73,7 @@ pub struct HostBatch {
     /// `[B]`: where they come from.
     pub samples: Vec<SampleRef>,
     /// `[B, N, 3, S, S]`: RGB bytes, not yet scaled; zero for a camera that is not there.
-    pub images: Vec<u8>,
+    pub images: Pixels,
     /// `[B, N]`: whether the dataset has the camera.
     pub camera_present: Vec<bool>,
     /// `[B, T]`: token ids of the prompt, padded on the right.
@@ -87,22 +95,22 @@ pub struct HostBatch {
 }
 
 impl HostBatch {
-    /// Makes a batch of zeros and padding for the given samples.
+    /// Makes a batch of zeros and padding for the given samples, as yet without images.
     pub(crate) fn empty(dims: BatchDims, samples: &[(u64, SampleRef)], pad_id: i64) -> Self {
         let BatchDims {
             batch: b,
             cameras: n,
-            image_size: s,
             text_length: t,
             action_horizon: h,
             action_width: a,
             proprio_width: p,
+            ..
         } = dims;
         Self {
             dims,
             sample_indices: samples.iter().map(|(index, _)| *index).collect(),
             samples: samples.iter().map(|(_, sample)| *sample).collect(),
-            images: vec![0; b * n * 3 * s * s],
+            images: Pixels::default(),
             camera_present: vec![false; b * n],
             input_ids: vec![pad_id; b * t],
             text_mask: vec![0; b * t],
@@ -115,24 +123,13 @@ impl HostBatch {
         }
     }
 
-    /// Puts in the image of one camera of one sample.
-    ///
-    /// # Shapes
-    /// `planes` is `[3, S, S]`.
-    pub(crate) fn set_image(&mut self, slot: usize, camera: usize, planes: &[u8]) {
-        let at = slot * self.dims.cameras + camera;
-        self.images[at * planes.len()..(at + 1) * planes.len()].copy_from_slice(planes);
-        self.camera_present[at] = true;
-    }
-
-    /// Takes a sample out of everything that counts.
+    /// Takes a sample out of everything that counts; its images are the caller's to blacken.
     ///
     /// Its cameras count as present: a sample that sees nothing at all would leave attention
     /// without a single key.
     pub(crate) fn quarantine(&mut self, sample: BadSample) {
         let BatchDims {
             cameras,
-            image_size,
             action_horizon,
             action_width,
             proprio_width,
@@ -140,7 +137,6 @@ impl HostBatch {
         } = self.dims;
         let of = |width: usize| sample.slot * width..(sample.slot + 1) * width;
         let entries = action_horizon * action_width;
-        self.images[of(cameras * 3 * image_size * image_size)].fill(0);
         self.camera_present[of(cameras)].fill(true);
         self.actions[of(entries)].fill(0.0);
         self.valid[of(entries)].fill(0);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use pollen_core::{ActionSpace, ErrorClass, Seed};
-use pollen_processing::{Image, ImageContract, ObservationContract, ResizeKind, Resizer};
+use pollen_processing::{Augmentation, ImageContract, ObservationContract, ResizeKind, Resizer};
 use pollen_storage::Storage;
 
 use crate::bad_row_groups::BadRowGroups;
@@ -11,7 +11,7 @@ use crate::batch::{BadSample, BatchDims, HostBatch, ModelShape};
 use crate::byte_cache::{ByteCache, HeldBytes, Owner, Pinned};
 use crate::config::{ChunkLength, DataConfig};
 use crate::dataset::{Dataset, Footers, Shared};
-use crate::decode::decode_jpeg;
+use crate::decode::{decode_jpeg, decode_jpeg_into};
 use crate::disk_cache::DiskCache;
 use crate::error::{Error, Result};
 use crate::mixture::{Mixture, MixtureSource};
@@ -361,37 +361,54 @@ impl Data {
         Ok(())
     }
 
-    /// Decodes, resizes and augments the images of one sample: one per camera that its dataset has.
+    /// Decodes, resizes and augments the images of one sample into `images`, and says which cameras
+    /// its dataset has; the others' images are black.
+    ///
+    /// # Shapes
+    /// `images` is `[N, 3, S, S]`.
     pub(crate) fn decode_images(
         &self,
         sample: SampleRef,
         group: &OpenRowGroup,
         seed: Option<Seed>,
-    ) -> Result<Vec<Option<Image>>> {
+        images: &mut [u8],
+    ) -> Result<Vec<bool>> {
         let dataset = &self.datasets[sample.dataset as usize];
         let row = dataset.row_in_group(sample);
+        let side = self.config.image_size;
         let roles = self.config.cameras.iter().zip(dataset.cameras());
-        roles
-            .enumerate()
-            .map(|(camera, (role, image))| {
-                let Some(image) = *image else { return Ok(None) };
+        let planes = images.chunks_exact_mut(3 * side * side);
+        let cameras = roles.zip(planes).enumerate();
+        cameras
+            .map(|(camera, ((role, image), planes))| {
+                let Some(image) = *image else {
+                    planes.fill(0);
+                    return Ok(false);
+                };
                 let bad = |reason: String| {
                     dataset.bad_frame(sample, format!("camera `{role}`: {reason}"))
                 };
                 let bytes = group
                     .image(image, row)
                     .ok_or_else(|| bad("there is no image".into()))?;
-                let decoded = decode_jpeg(bytes, dataset.image_size(image)).map_err(bad)?;
-                let resized = self
+                let augmentation =
+                    seed.map_or(Augmentation::None, |_| self.config.augment.of(role));
+                let size = dataset.image_size(image);
+                if augmentation == Augmentation::None && size == Some((side, side)) {
+                    decode_jpeg_into(bytes, (side, side), planes).map_err(bad)?;
+                    return Ok(true);
+                }
+                let decoded = decode_jpeg(bytes, size).map_err(bad)?;
+                let mut image = self
                     .resizer
                     .resize_square(decoded)
                     .map_err(|e| bad(e.to_string()))?;
-                let Some(seed) = seed else {
-                    return Ok(Some(resized));
-                };
-                let mut draws = seed.index(camera as u64).draws();
-                let augmented = self.config.augment.of(role).apply(resized, &mut draws);
-                Ok(Some(augmented))
+                if let Some(seed) = seed {
+                    let mut draws = seed.index(camera as u64).draws();
+                    image = augmentation.apply(image, &mut draws);
+                }
+                planes.copy_from_slice(image.planes());
+                Ok(true)
             })
             .collect()
     }

@@ -1,11 +1,12 @@
 //! JPEG frames to pixels, and the threads that do it.
 
+use std::cell::RefCell;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use pollen_core::no_panic;
-use pollen_processing::Image;
+use pollen_processing::{Image, planes_of};
 
 /// Longest side of a frame; a larger one is taken for a broken header.
 const MAX_SIDE: usize = 8192;
@@ -14,6 +15,32 @@ const MAX_SIDE: usize = 8192;
 ///
 /// `size` is the height and width that `info.json` promises.
 pub fn decode_jpeg(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, String> {
+    decode_with(bytes, size, |height, width, pixels| {
+        Image::from_padded(height, width, pixels).map_err(|e| e.to_string())
+    })
+}
+
+/// Decodes a frame of a known size into its place in a batch.
+///
+/// # Shapes
+/// `planes` is [3, height, width].
+pub(crate) fn decode_jpeg_into(
+    bytes: &[u8],
+    size: (usize, usize),
+    planes: &mut [u8],
+) -> Result<(), String> {
+    decode_with(bytes, Some(size), |_, _, pixels| {
+        planes_of(pixels, planes);
+        Ok(())
+    })
+}
+
+/// Decodes a frame and gives height, width and pixels [height, width, 4] to `take`.
+fn decode_with<T>(
+    bytes: &[u8],
+    size: Option<(usize, usize)>,
+    take: impl FnOnce(usize, usize, &[u8]) -> Result<T, String>,
+) -> Result<T, String> {
     if !bytes.starts_with(&[0xff, 0xd8]) {
         let what = match bytes {
             [] => "is empty",
@@ -22,7 +49,22 @@ pub fn decode_jpeg(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, 
         };
         return Err(format!("the image {what}"));
     }
-    no_panic(|| decode_rgb(bytes, size), |said| said)
+    thread_local! {
+        static OWN: RefCell<Decoder> = RefCell::default();
+    }
+    OWN.with_borrow_mut(|own| {
+        let (height, width) = no_panic(|| own.decode(bytes, size), |said| said)?;
+        take(height, width, &own.pixels[..4 * height * width])
+    })
+}
+
+/// What a thread keeps from one frame to the next: the pixels' memory, and libjpeg-turbo's
+/// decompressor, which costs as much to make as a small image to decode.
+#[derive(Default)]
+struct Decoder {
+    pixels: Vec<u8>,
+    #[cfg(feature = "turbo")]
+    turbo: Option<turbojpeg::Decompressor>,
 }
 
 /// Refuses what does not fit what `info.json` promises, before any pixel is decoded.
@@ -49,42 +91,48 @@ fn check_header(
     }
 }
 
-#[cfg(not(feature = "turbo"))]
-fn decode_rgb(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, String> {
-    use zune_core::bytestream::ZCursor;
-    use zune_core::colorspace::ColorSpace;
-    use zune_core::options::DecoderOptions;
-    let failed = |error| format!("the JPEG cannot be decoded: {error:?}");
-    // Strict: a file that ends early is an error and not a grey area.
-    let options = DecoderOptions::default()
-        .set_strict_mode(true)
-        .set_max_width(MAX_SIDE)
-        .set_max_height(MAX_SIDE)
-        .jpeg_set_out_colorspace(ColorSpace::RGBA);
-    let mut decoder = zune_jpeg::JpegDecoder::new_with_options(ZCursor::new(bytes), options);
-    decoder.decode_headers().map_err(failed)?;
-    let info = decoder.info().ok_or("the JPEG has no frame header")?;
-    let (height, width) = (usize::from(info.height), usize::from(info.width));
-    check_header((height, width), info.components, size)?;
-    let pixels = decoder.decode().map_err(failed)?;
-    Image::from_padded(height, width, &pixels).map_err(|e| e.to_string())
-}
-
-#[cfg(feature = "turbo")]
-fn decode_rgb(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, String> {
-    use std::cell::RefCell;
-    use turbojpeg::{Colorspace, Decompressor, PixelFormat};
-    thread_local! {
-        // Making a decompressor costs as much as a small image.
-        static OWN: RefCell<Option<(Decompressor, Vec<u8>)>> = const { RefCell::new(None) };
+impl Decoder {
+    /// Decodes to [height, width, 4] at the start of `pixels` and returns height and width.
+    #[cfg(not(feature = "turbo"))]
+    fn decode(
+        &mut self,
+        bytes: &[u8],
+        size: Option<(usize, usize)>,
+    ) -> Result<(usize, usize), String> {
+        use zune_core::bytestream::ZCursor;
+        use zune_core::colorspace::ColorSpace;
+        use zune_core::options::DecoderOptions;
+        let failed = |error| format!("the JPEG cannot be decoded: {error:?}");
+        // Strict: a file that ends early is an error and not a grey area.
+        let options = DecoderOptions::default()
+            .set_strict_mode(true)
+            .set_max_width(MAX_SIDE)
+            .set_max_height(MAX_SIDE)
+            .jpeg_set_out_colorspace(ColorSpace::RGBA);
+        let mut decoder = zune_jpeg::JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+        decoder.decode_headers().map_err(failed)?;
+        let info = decoder.info().ok_or("the JPEG has no frame header")?;
+        let (height, width) = (usize::from(info.height), usize::from(info.width));
+        check_header((height, width), info.components, size)?;
+        let pixels = self.room(height, width);
+        decoder.decode_into(pixels).map_err(failed)?;
+        Ok((height, width))
     }
-    let failed = |error: turbojpeg::Error| format!("the JPEG cannot be decoded: {error}");
-    OWN.with_borrow_mut(|own| {
-        let (decompressor, pixels) = match own {
-            Some(own) => own,
-            none => none.insert((Decompressor::new().map_err(failed)?, Vec::new())),
+
+    /// Decodes to [height, width, 4] at the start of `pixels` and returns height and width.
+    #[cfg(feature = "turbo")]
+    fn decode(
+        &mut self,
+        bytes: &[u8],
+        size: Option<(usize, usize)>,
+    ) -> Result<(usize, usize), String> {
+        use turbojpeg::{Colorspace, Decompressor, PixelFormat};
+        let failed = |error: turbojpeg::Error| format!("the JPEG cannot be decoded: {error}");
+        let mut turbo = match self.turbo.take() {
+            Some(turbo) => turbo,
+            None => Decompressor::new().map_err(failed)?,
         };
-        let header = decompressor.read_header(bytes).map_err(failed)?;
+        let header = turbo.read_header(bytes).map_err(failed)?;
         let (height, width) = (header.height, header.width);
         let components = match header.colorspace {
             Colorspace::YCbCr | Colorspace::RGB => 3,
@@ -92,18 +140,27 @@ fn decode_rgb(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, Strin
             Colorspace::CMYK | Colorspace::YCCK => 4,
         };
         check_header((height, width), components, size)?;
-        pixels.resize(4 * height * width, 0);
         let image = turbojpeg::Image {
-            pixels: &mut pixels[..],
+            pixels: self.room(height, width),
             width,
             pitch: 4 * width,
             height,
             format: PixelFormat::RGBX,
         };
         // A file that ends early is a warning to the library and an error here.
-        decompressor.decompress(bytes, image).map_err(failed)?;
-        Image::from_padded(height, width, pixels).map_err(|e| e.to_string())
-    })
+        turbo.decompress(bytes, image).map_err(failed)?;
+        self.turbo = Some(turbo);
+        Ok((height, width))
+    }
+
+    /// Returns memory for an image, kept for the next one.
+    fn room(&mut self, height: usize, width: usize) -> &mut [u8] {
+        let bytes = 4 * height * width;
+        if self.pixels.len() < bytes {
+            self.pixels.resize(bytes, 0);
+        }
+        &mut self.pixels[..bytes]
+    }
 }
 
 pub(crate) type Job = Box<dyn FnOnce() + Send>;

@@ -32,6 +32,7 @@
 //! | [`loader`] | one rank's micro-batches; held-out episodes |
 //! | `mean_chunk` | the prediction of a policy that sees nothing |
 //! | [`mixture`] | which dataset a sample comes from; the slice of a rank |
+//! | [`pixels`] | memory of images, used again batch after batch |
 //! | [`recording`] | single episodes with pictures |
 //! | [`sampler`] | the order inside a dataset |
 //! | [`sidecar`] | `meta/pollen.json` |
@@ -80,6 +81,7 @@ mod mean_chunk;
 pub mod mixture;
 mod parquet_file;
 mod pipeline;
+pub mod pixels;
 mod prepare;
 mod recent;
 pub mod recording;

@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use bytes::BytesMut;
 use futures::StreamExt;
 use futures::future::try_join_all;
 use pollen_core::{ErrorClass, Seed};
@@ -21,6 +22,7 @@ use crate::byte_cache::{Owner, Pinned};
 use crate::data::{Data, Key};
 use crate::decode::{DecodePool, default_threads};
 use crate::error::{Error, Result};
+use crate::pixels::PixelPool;
 use crate::row_group::OpenRowGroup;
 use crate::sampler::SampleRef;
 
@@ -115,9 +117,10 @@ impl Pipeline {
             .name("pollen-assemble".into())
             .spawn(move || {
                 let pool = DecodePool::start(threads);
+                let pixels = Arc::<PixelPool>::default();
                 while let Some(next) = fetched.blocking_recv() {
                     let pending =
-                        next.map_or_else(failed, |it| assemble(&data, it, augment, &pool));
+                        next.map_or_else(failed, |it| assemble(&data, it, augment, &pool, &pixels));
                     if to_caller.send(pending).is_err() {
                         break;
                     }
@@ -212,6 +215,9 @@ async fn fetch(
 /// A batch that the decode threads fill.
 struct Assembly {
     batch: Mutex<HostBatch>,
+    /// The images by slot, each put here when it is written.
+    images: Mutex<Vec<BytesMut>>,
+    pixels: Arc<PixelPool>,
     /// The failure of the sample that comes first in the batch.
     failure: Mutex<Option<(usize, Error)>>,
     left: AtomicUsize,
@@ -221,7 +227,8 @@ struct Assembly {
 }
 
 impl Assembly {
-    fn finish_one(&self, slot: usize, outcome: Result<()>) {
+    fn finish_one(&self, slot: usize, images: BytesMut, outcome: Result<()>) {
+        lock(&self.images)[slot] = images;
         if let Err(error) = outcome {
             let mut failure = lock(&self.failure);
             if failure.as_ref().is_none_or(|(first, _)| slot < *first) {
@@ -231,10 +238,18 @@ impl Assembly {
         if self.left.fetch_sub(1, Ordering::AcqRel) == 1 {
             let result = match lock(&self.failure).take() {
                 Some((_, error)) => Err(error),
-                None => Ok(std::mem::take(&mut *lock(&self.batch))),
+                None => Ok(self.take_batch()),
             };
             // Nobody waits any more when the loader is being dropped.
             drop(self.reply.send(result));
+        }
+    }
+
+    fn take_batch(&self) -> HostBatch {
+        let images = std::mem::take(&mut *lock(&self.images));
+        HostBatch {
+            images: self.pixels.join(images),
+            ..std::mem::take(&mut *lock(&self.batch))
         }
     }
 }
@@ -249,6 +264,7 @@ fn assemble(
     fetched: Fetched,
     augment: Option<Seed>,
     pool: &DecodePool,
+    pixels: &Arc<PixelPool>,
 ) -> Pending {
     let Fetched {
         plan,
@@ -256,6 +272,7 @@ fn assemble(
         pinned,
     } = fetched;
     let mut batch = data.empty_batch(&plan);
+    let mut images = pixels.pieces(plan.len(), batch.dims.cameras * batch.dims.image_bytes());
     let mut to_decode = Vec::new();
     for (slot, (index, sample)) in plan.into_iter().enumerate() {
         let usable = match &opened[&(sample.dataset, sample.row_group)] {
@@ -267,21 +284,29 @@ fn assemble(
             }
         };
         match usable {
-            Ok(group) => to_decode.push((slot, index, sample, group)),
+            Ok(group) => {
+                // Comes back when it is written.
+                let images = std::mem::take(&mut images[slot]);
+                to_decode.push((slot, index, sample, group, images));
+            }
             Err(error) => {
                 if let Err(error) = data.quarantine(&mut batch, slot, sample, error) {
                     return failed(error);
                 }
+                images[slot].fill(0);
             }
         }
     }
     let (reply, pending) = sync_channel(1);
     if to_decode.is_empty() {
+        batch.images = pixels.join(images);
         drop(reply.send(Ok(batch)));
         return pending;
     }
     let assembly = Arc::new(Assembly {
         batch: Mutex::new(batch),
+        images: Mutex::new(images),
+        pixels: Arc::clone(pixels),
         failure: Mutex::new(None),
         left: AtomicUsize::new(to_decode.len()),
         reply,
@@ -289,26 +314,26 @@ fn assemble(
     });
     // The jobs hold what they need.
     drop(opened);
-    for (slot, index, sample, group) in to_decode {
+    for (slot, index, sample, group, mut images) in to_decode {
         let seed = augment.map(|seed| seed.index(index));
         let (data, assembly) = (Arc::clone(data), Arc::clone(&assembly));
         pool.run(Box::new(move || {
-            let decoded = data.decode_images(sample, &group, seed);
+            let decoded = data.decode_images(sample, &group, seed, &mut images);
             drop(group);
             let mut batch = lock(&assembly.batch);
             let outcome = match decoded {
-                Ok(images) => {
-                    for (camera, image) in images.into_iter().enumerate() {
-                        if let Some(image) = image {
-                            batch.set_image(slot, camera, image.planes());
-                        }
-                    }
+                Ok(present) => {
+                    let cameras = present.len();
+                    batch.camera_present[slot * cameras..][..cameras].copy_from_slice(&present);
                     Ok(())
                 }
-                Err(error) => data.quarantine(&mut batch, slot, sample, error),
+                Err(error) => {
+                    images.fill(0);
+                    data.quarantine(&mut batch, slot, sample, error)
+                }
             };
             drop(batch);
-            assembly.finish_one(slot, outcome);
+            assembly.finish_one(slot, images, outcome);
         }));
     }
     pending

@@ -62,7 +62,7 @@ pub use contract::{
 pub use error::Error;
 pub use normalize::{Fallback, FallbackKind, Normalizer};
 pub use op::Op;
-pub use pixels::{Image, PIXEL_MEAN, PIXEL_STD, normalize_pixels};
+pub use pixels::{Image, PIXEL_MEAN, PIXEL_STD, normalize_pixels, planes_of};
 pub use prompt::Prompt;
 pub use resize::{ResizeKind, Resizer};
 pub use rotation::Rotation;

@@ -84,7 +84,7 @@ impl BatchBuilder {
         let d = &batch.dims;
         let (b, n, s) = (d.batch, d.cameras, d.image_size);
         let device = &self.device;
-        let pixels = TensorData::new(batch.images.clone(), [b * n, 3, s, s]);
+        let pixels = TensorData::new(batch.images.to_vec(), [b * n, 3, s, s]);
         let pixels = Tensor::<4, Int>::from_data(pixels, (device, DType::U8)).float();
         let constant =
             |values: [f32; 3]| Tensor::<1>::from_floats(values, device).reshape([1, 3, 1, 1]);
@@ -226,7 +226,7 @@ mod tests {
             },
             sample_indices: (0..b as u64).collect(),
             samples: vec![sample; b],
-            images: vec![0; b * 3],
+            images: vec![0; b * 3].into(),
             camera_present: vec![true; b],
             input_ids: (0..(b * padded) as i64).collect(),
             text_mask: words.iter().flat_map(mask).collect(),

@@ -169,12 +169,13 @@ impl Bench {
             frame: 0,
         };
         let mut draws = Seed::new(0).child("bench").draws();
-        let pixels = size * dims.cameras * 3 * dims.image_size * dims.image_size;
+        let pixels = 0..size * dims.cameras * dims.image_bytes();
+        let images: Vec<u8> = pixels.map(|_| draws.below(256) as u8).collect();
         let vocabulary = config.language.vocab_size as u64;
         let mut batch = HostBatch {
             sample_indices: (0..size as u64).collect(),
             samples: vec![sample; size],
-            images: (0..pixels).map(|_| draws.below(256) as u8).collect(),
+            images: images.into(),
             camera_present: vec![true; size * dims.cameras],
             input_ids: (0..size * words)
                 .map(|_| (FIRST_WORD + draws.below(vocabulary - FIRST_WORD - 1)) as i64)
