@@ -53,8 +53,8 @@ test-interop: setup build ## Runs on moto and Azurite; opens what Pollen writes 
 	@scripts/test-interop-lerobot.sh $(POLLEN)
 	@scripts/test-interop-weights.sh $(POLLEN)
 
-test-large: build ## Takes a training step of the 947M model on the CPU in at most 20 GB (minutes)
-	@scripts/test-large.sh $(POLLEN)
+test-large: build ## Trains, saves and loads the 947M model on the CPU in at most 20 GB (minutes)
+	@scripts/test-large.py $(POLLEN)
 
 bench: ## Measures training step and policy on the CPU beside the same graph in PyTorch (gigabytes)
 	@$(CARGO) build --locked --release -p pollen-cli
