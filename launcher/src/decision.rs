@@ -283,7 +283,8 @@ mod tests {
         assert_eq!(verdict.culprit, Some(2));
         assert_eq!(
             verdict.reason,
-            "rank 2 was killed by SIGKILL; starting again, 2 restarts left"
+            "rank 2 was killed by SIGKILL, as happens when memory runs out; starting again, 2 \
+             restarts left"
         );
     }
 }

@@ -20,6 +20,8 @@ pub struct PlanInput {
     pub global_batch: u64,
     /// Samples per forward pass and worker.
     pub micro_batch: u64,
+    /// Bytes of weights, gradients and optimizer state that each worker keeps.
+    pub worker_bytes: u64,
     /// The step the run goes on from.
     pub first_step: u64,
     /// The step the run ends at.
@@ -119,10 +121,10 @@ impl Plan {
         let mut lines = vec![
             format!("plan for {}", input.recipe),
             format!(
-                "  model   {} parameters, {} in f32, {} with gradients and optimizer state",
+                "  model   {} parameters, {} in f32, {} a worker with gradients and optimizer state",
                 units::count(input.parameters),
                 units::bytes(input.parameters * 4),
-                units::bytes(input.parameters * 16)
+                units::bytes(input.worker_bytes)
             ),
             format!(
                 "  batch   {} samples a step = {} a micro-batch x {} x {} accumulated",

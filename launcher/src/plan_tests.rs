@@ -10,6 +10,7 @@ fn input() -> PlanInput {
         world_size: 8,
         global_batch: 1024,
         micro_batch: 16,
+        worker_bytes: 16 * 947_000_000,
         first_step: 0,
         steps: 360_000,
         step_time: Some(StepTime {
@@ -27,7 +28,7 @@ fn the_plan_reads_as_intended() {
     let plan = Plan::new(input()).unwrap();
     let expected = "\
 plan for oxe
-  model   947,000,000 parameters, 3.5 GiB in f32, 14.1 GiB with gradients and optimizer state
+  model   947,000,000 parameters, 3.5 GiB in f32, 14.1 GiB a worker with gradients and optimizer state
   batch   1,024 samples a step = 16 a micro-batch x 8 workers x 8 accumulated
   steps   360,000, 368,640,000 samples
   time    about 1d 01h at 250ms a step (measured in this run)

@@ -45,6 +45,10 @@ impl fmt::Display for Exit {
                 None => write!(f, "ended with exit code {code}"),
             },
             Self::Signal(signal) => match signal_name(*signal) {
+                // Whoever reads this did not send it; most often the kernel did.
+                Some("SIGKILL") => {
+                    f.write_str("was killed by SIGKILL, as happens when memory runs out")
+                }
                 Some(name) => write!(f, "was killed by {name}"),
                 None => write!(f, "was killed by signal {signal}"),
             },
@@ -150,7 +154,11 @@ mod tests {
 
     #[test]
     fn exits_read_as_sentences() {
-        assert_eq!(Exit::Signal(9).to_string(), "was killed by SIGKILL");
+        assert_eq!(
+            Exit::Signal(9).to_string(),
+            "was killed by SIGKILL, as happens when memory runs out"
+        );
+        assert_eq!(Exit::Signal(15).to_string(), "was killed by SIGTERM");
         assert_eq!(
             Exit::Code(75).to_string(),
             "ended: infrastructure fault (exit 75)"

@@ -74,13 +74,16 @@ pub(crate) fn plan_of(
     step_time: Option<StepTime>,
 ) -> Result<Plan> {
     let config = &recipe.config;
+    let workers = recipe.launch.workers.get();
+    let memory = Memory::of(config, workers, config.train.shard_optimizer)?;
     Ok(Plan::new(PlanInput {
         recipe: config.name.clone(),
         parameters: config.model.parameter_table(&config.action_spaces)?.count() as u64,
         device: config.train.device.planned(&Offer::here()).name().into(),
-        world_size: recipe.launch.workers.get(),
+        world_size: workers,
         global_batch: u64::from(config.train.global_batch),
         micro_batch: u64::from(config.train.micro_batch),
+        worker_bytes: memory.total(),
         first_step,
         steps: config.train.steps,
         step_time,
