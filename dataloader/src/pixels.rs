@@ -2,7 +2,7 @@
 //!
 //! A batch of images is megabytes, and memory fresh from the system costs a page fault for every four
 //! kilobytes. What a caller drops goes back to the pool it came from. The decode threads write straight
-//! into it: [`PixelPool::pieces`] hands out one piece a sample, [`PixelPool::join`] puts them together
+//! into it: `PixelPool::pieces` hands out one piece a sample, `PixelPool::join` puts them together
 //! without a copy.
 
 use std::fmt;
