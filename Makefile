@@ -53,7 +53,7 @@ test-interop: setup build ## Runs on moto and Azurite; opens what Pollen writes 
 	@scripts/test-interop-lerobot.sh $(POLLEN)
 	@scripts/test-interop-weights.sh $(POLLEN)
 
-test-large: build ## Trains, saves and loads the 947M model on the CPU in at most 20 GB (minutes)
+test-large: build ## Takes steps of the 947M model on the CPU, saves and loads it, in at most 20 GB (20 minutes)
 	@scripts/test-large.py $(POLLEN)
 
 bench: ## Measures training step and policy on the CPU beside the same graph in PyTorch (gigabytes)
