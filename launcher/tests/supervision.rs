@@ -219,7 +219,7 @@ fn a_crash_ends_the_others_and_starts_the_next_generation() {
     };
     assert_eq!(
         reason,
-        "rank 1 was killed by SIGKILL; starting again, 3 restarts left"
+        "rank 1 was killed by SIGKILL, as happens when memory runs out; starting again, 3 restarts left"
     );
     assert_eq!(exit_codes, &[143, 137]);
     assert!((0.0005..=0.001).contains(pause_s), "{pause_s}");
