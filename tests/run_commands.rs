@@ -48,10 +48,18 @@ fn a_running_run_is_seen_read_and_stopped() {
         "{one}"
     );
 
+    // Workers that need longer than `launch.grace` are killed, and what they had is lost.
+    let grace = std::time::Duration::from_secs(30);
+    let asked = std::time::Instant::now();
     let stopped = pollen(&["stop", "demo", "--runs", runs]);
     running.wait().expect(85);
+    assert!(asked.elapsed() < grace, "saved within the grace time");
     let dir = lab::run_dir(&lab.path("runs-busy/demo"));
     let last = *saved_steps(&dir).last().unwrap();
+    assert!(
+        last >= row["step"].as_u64().unwrap(),
+        "what was trained is saved"
+    );
     let expected = format!("saved: step {last} in ");
     assert!(stopped.stdout.contains(&expected), "{stopped:?}");
     assert!(workers.iter().all(|&pid| !is_alive(pid)));

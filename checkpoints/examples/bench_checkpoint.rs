@@ -137,7 +137,7 @@ impl Bench {
             .map(|(index, values)| TensorSlice {
                 name: format!("tensor.{index:04}"),
                 shape: vec![values.len()],
-                values: Values::Shared(values),
+                values: Values::From(values),
             })
             .collect();
         let flat: Vec<FlatSlice<'_>> = ["exp_avg", "exp_avg_sq"]
@@ -147,7 +147,7 @@ impl Bench {
                 name: (*name).into(),
                 global_len: values.len() as u64,
                 offset: 0,
-                values: Values::Shared(values),
+                values: Values::From(values),
             })
             .collect();
         let head = ManifestHead {

@@ -76,5 +76,5 @@ pub use manifest::{
     CheckpointId, FileKind, FileRecord, FlatRecord, Manifest, ManifestHead, TensorRecord,
 };
 pub use restore::Restored;
-pub use tensors::{Dtype, TensorData, TensorSlice, Values};
+pub use tensors::{Dtype, Source, TensorData, TensorSlice, Values};
 pub use writer::{FlatSlice, Writer};

@@ -7,13 +7,32 @@ use bytes::Bytes;
 pub use pollen_core::tensor_header::Dtype;
 use pollen_core::tensor_header::{self, Entry};
 
+/// Numbers that are there when their turn comes to be written.
+pub trait Source: std::fmt::Debug + Sync {
+    /// Returns how many there are.
+    fn count(&self) -> usize;
+
+    /// Returns them; what this makes is kept only until it is written.
+    fn values(&self) -> Arc<Vec<f32>>;
+}
+
+impl Source for Arc<Vec<f32>> {
+    fn count(&self) -> usize {
+        self.len()
+    }
+
+    fn values(&self) -> Self {
+        Self::clone(self)
+    }
+}
+
 /// Values of a tensor to be written.
 #[derive(Clone, Copy, Debug)]
 pub enum Values<'a> {
     /// As numbers, copied on the way.
     F32(&'a [f32]),
-    /// As numbers, written from where they are.
-    Shared(&'a Arc<Vec<f32>>),
+    /// As numbers, asked for once, when they are written, and written from where they are.
+    From(&'a dyn Source),
     /// As little-endian bytes.
     Bytes(Dtype, &'a [u8]),
 }
@@ -22,7 +41,7 @@ impl<'a> Values<'a> {
     /// Returns the element type.
     pub fn dtype(self) -> Dtype {
         match self {
-            Self::F32(_) | Self::Shared(_) => Dtype::F32,
+            Self::F32(_) | Self::From(_) => Dtype::F32,
             Self::Bytes(dtype, _) => dtype,
         }
     }
@@ -31,7 +50,7 @@ impl<'a> Values<'a> {
     pub fn len(self) -> u64 {
         match self {
             Self::F32(values) => 4 * values.len() as u64,
-            Self::Shared(values) => 4 * values.len() as u64,
+            Self::From(source) => 4 * source.count() as u64,
             Self::Bytes(_, bytes) => bytes.len() as u64,
         }
     }
@@ -46,13 +65,11 @@ impl<'a> Values<'a> {
         const PIECE: usize = 8 << 20;
         match self {
             Self::F32(values) => Box::new(values.chunks(PIECE / 4).map(to_bytes)),
-            Self::Shared(values) => {
-                let bytes = shared_bytes(values);
+            Self::From(source) => Box::new(std::iter::once(source).flat_map(|source| {
+                let bytes = shared_bytes(source.values());
                 let starts = (0..bytes.len()).step_by(PIECE);
-                Box::new(
-                    starts.map(move |start| bytes.slice(start..bytes.len().min(start + PIECE))),
-                )
-            }
+                starts.map(move |start| bytes.slice(start..bytes.len().min(start + PIECE)))
+            })),
             Self::Bytes(_, bytes) => Box::new(bytes.chunks(PIECE).map(Bytes::copy_from_slice)),
         }
     }
@@ -100,7 +117,7 @@ pub(crate) fn read_f32(bytes: &[u8], values: &mut [f32]) {
 }
 
 /// Returns the values' little-endian bytes without a copy, where numbers lie in memory like that.
-fn shared_bytes(values: &Arc<Vec<f32>>) -> Bytes {
+fn shared_bytes(values: Arc<Vec<f32>>) -> Bytes {
     struct Owner(Arc<Vec<f32>>);
     impl AsRef<[u8]> for Owner {
         fn as_ref(&self) -> &[u8] {
@@ -108,9 +125,9 @@ fn shared_bytes(values: &Arc<Vec<f32>>) -> Bytes {
         }
     }
     if cfg!(target_endian = "little") {
-        Bytes::from_owner(Owner(Arc::clone(values)))
+        Bytes::from_owner(Owner(values))
     } else {
-        to_bytes(values)
+        to_bytes(&values)
     }
 }
 
@@ -236,6 +253,32 @@ mod tests {
         let mut twice = [weight(&[1.0]), weight(&[2.0])];
         let error = head(&mut twice, &BTreeMap::new()).expect_err("one would be lost");
         assert!(error.contains("`weight` is there twice"), "{error}");
+    }
+
+    #[test]
+    fn a_source_is_asked_when_its_turn_comes() {
+        use std::sync::atomic::{AtomicUsize, Ordering};
+
+        #[derive(Debug)]
+        struct Asked<'a>(f32, &'a AtomicUsize);
+        impl Source for Asked<'_> {
+            fn count(&self) -> usize {
+                3 << 20
+            }
+            fn values(&self) -> Arc<Vec<f32>> {
+                self.1.fetch_add(1, Ordering::Relaxed);
+                Arc::new(vec![self.0; self.count()])
+            }
+        }
+        let asked = AtomicUsize::new(0);
+        let sources = [Asked(1.0, &asked), Asked(2.0, &asked)];
+        let values = sources.iter().map(|source| Values::From(source));
+        let mut seen = Vec::new();
+        for piece in values.flat_map(Values::pieces) {
+            let first = f32::from_le_bytes([piece[0], piece[1], piece[2], piece[3]]);
+            seen.push((first, piece.len() >> 20, asked.load(Ordering::Relaxed)));
+        }
+        assert_eq!(seen, [(1.0, 8, 1), (1.0, 4, 1), (2.0, 8, 2), (2.0, 4, 2)]);
     }
 
     #[test]

@@ -12,8 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
 use crate::layout::Shard;
-use crate::optim::host;
-use crate::saving::{NamedTensor, Place, Saver, Snapshot};
+use crate::saving::{Kept, NamedTensor, Place, Saver, Snapshot};
 use crate::step::Trainer;
 
 /// A run's checkpoints as one rank of one generation uses them.
@@ -132,8 +131,8 @@ impl Recovery {
         &self.saver.place().checkpoints
     }
 
-    /// Copies this rank's part to host memory and has it written beside the training. Waits for
-    /// the save in flight first, and returns its error.
+    /// Keeps this rank's part as it is now and has it written beside the training. Waits for the
+    /// save in flight first, and returns its error.
     pub(crate) fn save(&mut self, trainer: &Trainer, gpu_hours_spent: f64) -> Result<(), Error> {
         let Self { saver, identity } = self;
         let (rank, world_size) = (saver.place().rank, saver.place().world_size);
@@ -204,7 +203,7 @@ fn own_tensors(
         let owner = before as u64 * u64::from(world_size) / total.max(1) as u64;
         before += info.shape.iter().product::<usize>();
         if owner == u64::from(rank) {
-            own.push((name, info.shape, Arc::new(host(values))));
+            own.push((name, info.shape, Kept::of(values, trainer.kind)));
         }
     }
     own
@@ -212,11 +211,7 @@ fn own_tensors(
 
 /// Returns the ranges of the moments that this rank writes: what it has of them in shards, or an
 /// even share where every rank has all.
-fn own_moments(
-    trainer: &Trainer,
-    rank: u32,
-    world_size: u32,
-) -> Vec<(&'static str, usize, Arc<Vec<f32>>)> {
+fn own_moments(trainer: &Trainer, rank: u32, world_size: u32) -> Vec<(&'static str, usize, Kept)> {
     let len = trainer.layout.len();
     let range = if trainer.optimizer.shard() == Shard::WHOLE {
         let cut = |rank: u32| (len as u64 * u64::from(rank) / u64::from(world_size)) as usize;
@@ -229,7 +224,7 @@ fn own_moments(
         .moments(&trainer.layout, &range)
         .into_iter();
     moments
-        .map(|(name, offset, values)| (name, offset, Arc::new(values)))
+        .map(|(name, offset, values)| (name, offset, Kept::of(values, trainer.kind)))
         .collect()
 }
 

@@ -1,7 +1,7 @@
-//! Saving beside the training: the step waits for the copy to host memory, a thread does the rest.
+//! Saving beside the training: the step waits until what is saved is held, a thread does the rest.
 //!
 //! ```text
-//! step:    ... update | copy to host memory | next step ...
+//! step:    ... update | copy from GPU to host memory | next step ...
 //! thread:              write own part --sizes and hashes--> rank 0: publish, delete old ones
 //! ```
 //! One save is in flight at a time: the next one waits for it. A thread talks to the other ranks
@@ -11,14 +11,17 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use burn::tensor::Tensor;
 use pollen_checkpoints::{
-    Checkpoints, Claim, FileRecord, FlatSlice, ManifestHead, Published, TensorSlice, Values,
+    Checkpoints, Claim, FileRecord, FlatSlice, ManifestHead, Published, Source, TensorSlice, Values,
 };
 use pollen_collectives::{Deadline, Store, rendezvous};
 use pollen_core::Clock;
 use pollen_observe::{Event, EventLog};
 
+use crate::device::DeviceKind;
 use crate::error::Error;
+use crate::optim::host;
 use crate::recovery::{from_json, to_json};
 
 /// What all saves of one rank share.
@@ -40,11 +43,46 @@ pub(crate) struct Place {
     pub(crate) clock: Arc<dyn Clock>,
 }
 
-/// Name, shape and values of a whole tensor.
-pub(crate) type NamedTensor = (String, Vec<usize>, Arc<Vec<f32>>);
+/// Values of a snapshot: the training may go on, they stay.
+#[derive(Debug)]
+pub(crate) enum Kept {
+    /// A copy in host memory of what the GPU had.
+    Copied(Arc<Vec<f32>>),
+    /// The tensor itself, which lies in host memory: an update makes new tensors, and writes into
+    /// none that is held.
+    Held(Tensor<1>),
+}
 
-/// One rank's part of a checkpoint, copied to host memory: the training may go on and change what
-/// it was copied from.
+impl Kept {
+    /// Keeps the values of a tensor on a device of this kind.
+    pub(crate) fn of(values: Tensor<1>, kind: DeviceKind) -> Self {
+        match kind {
+            DeviceKind::Cpu => Self::Held(values),
+            DeviceKind::Cuda => Self::Copied(Arc::new(host(values))),
+        }
+    }
+}
+
+impl Source for Kept {
+    fn count(&self) -> usize {
+        match self {
+            Self::Copied(values) => values.len(),
+            Self::Held(values) => values.dims()[0],
+        }
+    }
+
+    fn values(&self) -> Arc<Vec<f32>> {
+        match self {
+            Self::Copied(values) => Arc::clone(values),
+            Self::Held(values) => Arc::new(host(values.clone())),
+        }
+    }
+}
+
+/// Name, shape and values of a whole tensor.
+pub(crate) type NamedTensor = (String, Vec<usize>, Kept);
+
+/// One rank's part of a checkpoint.
 #[derive(Debug)]
 pub(crate) struct Snapshot {
     pub(crate) head: ManifestHead,
@@ -53,7 +91,7 @@ pub(crate) struct Snapshot {
     /// The averaged weights of the same tensors, if there are any.
     pub(crate) averages: Option<Vec<NamedTensor>>,
     /// Ranges of the optimizer's flat arrays: name, first element, values.
-    pub(crate) moments: Vec<(&'static str, usize, Arc<Vec<f32>>)>,
+    pub(crate) moments: Vec<(&'static str, usize, Kept)>,
     /// Length of each flat array.
     pub(crate) flat_len: usize,
 }
@@ -105,7 +143,7 @@ impl Saver {
         }
     }
 
-    /// Waits for the save in flight, copies with `snapshot` and writes in the background.
+    /// Waits for the save in flight, takes `snapshot` and writes in the background.
     pub(crate) fn save(&mut self, snapshot: impl FnOnce() -> Snapshot) -> Result<(), Error> {
         let began = self.place.clock.monotonic();
         self.settle()?;
@@ -189,7 +227,7 @@ impl Place {
                 name: (*name).to_owned(),
                 global_len: snapshot.flat_len as u64,
                 offset: *offset as u64,
-                values: Values::Shared(values),
+                values: Values::From(values),
             })
             .collect();
         let mut files = vec![
@@ -212,7 +250,7 @@ fn slices(tensors: &[NamedTensor]) -> Vec<TensorSlice<'_>> {
         .map(|(name, shape, values)| TensorSlice {
             name: name.clone(),
             shape: shape.clone(),
-            values: Values::Shared(values),
+            values: Values::From(values),
         })
         .collect()
 }
@@ -228,4 +266,26 @@ fn join_parts(step: u64, parts: &[Vec<u8>]) -> Result<Vec<FileRecord>, Error> {
         })?);
     }
     Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+
+    use super::*;
+
+    #[test]
+    fn what_is_kept_outlives_the_update() {
+        for kind in [DeviceKind::Cpu, DeviceKind::Cuda] {
+            let mut weights = Tensor::<1>::from_floats([1.0, 2.0, 3.0], &Device::flex());
+            let kept = Kept::of(weights.clone(), kind);
+            let part = Kept::of(weights.clone().slice([1..3]), kind);
+            // Arithmetic works in place where a tensor has one owner.
+            weights = weights.add_scalar(1.0).mul_scalar(10.0);
+            assert_eq!(host(weights), [20.0, 30.0, 40.0]);
+            assert_eq!((kept.count(), part.count()), (3, 2));
+            assert_eq!(*kept.values(), [1.0, 2.0, 3.0], "{kind:?}");
+            assert_eq!(*part.values(), [2.0, 3.0], "{kind:?}");
+        }
+    }
 }

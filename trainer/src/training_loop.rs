@@ -113,8 +113,8 @@ fn stop_reason(trainer: &Trainer, report: &StepReport) -> Result<Option<Outcome>
     })
 }
 
-/// Starts a checkpoint with all ranks: training stands still for the copy to host memory, and for
-/// the save before this one if that is not done yet.
+/// Starts a checkpoint with all ranks: training stands still for the copy from GPU to host memory,
+/// and for the save before this one if that is not done yet.
 fn save(trainer: &mut Trainer, session: &mut Session) -> Result<(), Error> {
     trainer.timer.begin_step(trainer.step);
     trainer.timer.enter(Phase::Checkpoint);

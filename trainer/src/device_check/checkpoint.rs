@@ -34,7 +34,10 @@ impl State {
                 .collect(),
             moments: bench
                 .optimizer
-                .moments(&bench.layout, &(0..bench.layout.len())),
+                .moments(&bench.layout, &(0..bench.layout.len()))
+                .into_iter()
+                .map(|(name, offset, values)| (name, offset, host(values)))
+                .collect(),
             updates: bench.optimizer.updates(),
         }
     }
