@@ -33,8 +33,9 @@ build: ## Builds the pollen command
 build-cuda: ## Builds the pollen command for NVIDIA GPUs, optimised; needs no CUDA to build
 	@$(CARGO) build --locked --release -p pollen-cli --features cuda
 
-dist: build-cuda ## Packs what a GPU machine needs into target/dist/pollen-cuda.tar.xz, 24 MiB at most
-	@scripts/dist.sh $(TARGET)/release/pollen
+dist: ## Builds for size and packs what a GPU machine needs, 24 MiB at most: target/dist/pollen-cuda.tar.xz
+	@$(CARGO) build --locked --profile dist -p pollen-cli --features cuda
+	@scripts/dist.sh $(TARGET)/dist/pollen
 
 pretrain: setup build ## Trains RECIPE (default demo), or continues its newest unfinished run
 	@$(POLLEN) launch $(RECIPE) $(OVERRIDES)

@@ -25,7 +25,7 @@ tree=$work/pollen-cuda
 # Whatever is committed below these paths, except what only a machine that builds can use.
 mkdir -p "$tree"
 git ls-files -- LICENSE README.md CHANGELOG.md docs recipes configs demo/tokenizer.json demo/data/lift \
-    'tests/golden/*.safetensors' tests/golden/README.md benches/pytorch benches/step scripts/bench-step.sh |
+    'tests/golden/*.safetensors' benches/pytorch benches/step scripts/bench-step.sh |
     grep -v '^tests/golden/augment_free_preprocess' |
     tar --create --files-from=- | tar --extract --directory="$tree"
 strip --strip-all -o "$tree/pollen" "$pollen"
