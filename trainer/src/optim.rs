@@ -6,6 +6,7 @@ use std::ops::Range;
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::config::{GroupConfig, OptimizerConfig};
+use crate::data_parallel::to_device;
 use crate::layout::{Entry, Layout, Shard};
 
 /// First and second moments of a shard of every bucket: with all of it replicated, or with a part
@@ -136,8 +137,11 @@ impl AdamW {
         if let [span] = spans.as_slice()
             && *span == (0..share.len())
         {
-            let moments = (self.exp_avg[index].clone(), self.exp_avg_sq[index].clone());
-            let (parameters, m, v) = rule.apply(parameters, gradients, moments);
+            // Taken out, so that they have one owner and are changed where they lie.
+            let nothing = Tensor::zeros([0], &parameters.device());
+            let m = std::mem::replace(&mut self.exp_avg[index], nothing.clone());
+            let v = std::mem::replace(&mut self.exp_avg_sq[index], nothing);
+            let (parameters, m, v) = rule.apply(parameters, gradients, (m, v));
             self.exp_avg[index] = m;
             self.exp_avg_sq[index] = v;
             return parameters;
@@ -204,6 +208,58 @@ impl Rule {
     }
 
     fn apply(
+        &self,
+        p: Tensor<1>,
+        g: Tensor<1>,
+        moments: (Tensor<1>, Tensor<1>),
+    ) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
+        if p.device() == Device::flex() {
+            self.apply_in_host_memory(p, g, moments)
+        } else {
+            self.apply_by_tensors(p, g, moments)
+        }
+    }
+
+    /// One pass over the values, where [`Self::apply_by_tensors`] makes a dozen; the same operations
+    /// in the same order and the same bits.
+    fn apply_in_host_memory(
+        &self,
+        p: Tensor<1>,
+        g: Tensor<1>,
+        (m, v): (Tensor<1>, Tensor<1>),
+    ) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
+        let device = p.device();
+        let (mut p, g, mut m, mut v) = (host(p), host(g), host(m), host(v));
+        let numbers = [
+            self.shrink,
+            1.0 - self.beta1,
+            self.beta2,
+            1.0 - self.beta2,
+            self.root_correction2,
+            self.eps,
+            self.step_size,
+        ];
+        let [
+            shrink,
+            rest1,
+            beta2,
+            rest2,
+            root_correction2,
+            eps,
+            step_size,
+        ] = numbers.map(|number| number as f32);
+        let moments = m.iter_mut().zip(&mut v);
+        for ((p, g), (m, v)) in p.iter_mut().zip(&g).zip(moments) {
+            *m += (*g - *m) * rest1;
+            *v = *v * beta2 + *g * *g * rest2;
+            let denominator = v.sqrt() / root_correction2 + eps;
+            *p = *p * shrink - *m / denominator * step_size;
+        }
+        let back = |values| to_device(values, &device);
+        (back(p), back(m), back(v))
+    }
+
+    fn apply_by_tensors(
         &self,
         p: Tensor<1>,
         g: Tensor<1>,
@@ -344,6 +400,48 @@ mod tests {
             .map(|name| format!("output.{name}"))
             .collect();
         assert_eq!(seen, all, "every output of the file is compared");
+    }
+
+    #[test]
+    fn one_pass_gives_the_bits_of_tensor_operations() {
+        let device = Device::flex();
+        let config = OptimizerConfig::default();
+        // Every exponent from subnormal to large, both signs, and zeros.
+        let values = |salt: u32| -> Vec<f32> {
+            let value = |i: u32| {
+                let bits = (i * 7 + salt).wrapping_mul(0x9e37_79b9);
+                let magnitude = f32::from_bits(bits % 0x6000_0000);
+                if bits >> 31 == 1 {
+                    -magnitude
+                } else {
+                    magnitude
+                }
+            };
+            (0..10_007)
+                .map(|i| if i % 101 == 0 { 0.0 } else { value(i) })
+                .collect()
+        };
+        let bits = |tensor: &Tensor<1>| -> Vec<u32> {
+            host(tensor.clone()).into_iter().map(f32::to_bits).collect()
+        };
+        let tensor = |values: Vec<f32>| to_device(values, &device);
+        let squares = values(3).into_iter().map(f32::abs).collect();
+        let mut one = (tensor(values(1)), tensor(values(2)), tensor(squares));
+        let mut many = one.clone();
+        for updates in 1..5 {
+            let rule = Rule::new(&config.head, true, 3e-4, updates);
+            let gradient = tensor(values(10 + updates as u32));
+            let (p, m, v) = one;
+            one = rule.apply_in_host_memory(p, gradient.clone(), (m, v));
+            let (p, m, v) = many;
+            many = rule.apply_by_tensors(p, gradient, (m, v));
+            assert!(
+                bits(&one.0) == bits(&many.0),
+                "weights after update {updates}"
+            );
+            assert!(bits(&one.1) == bits(&many.1), "m after update {updates}");
+            assert!(bits(&one.2) == bits(&many.2), "v after update {updates}");
+        }
     }
 
     #[test]

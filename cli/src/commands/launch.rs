@@ -314,7 +314,10 @@ fn next_commands(recipe: &Recipe, exit: ExitCode) -> Vec<NextCommand> {
         ExitCode::Done => vec![
             next(
                 "train further:",
-                format!("make pretrain RECIPE={name} STEPS={}", steps * 3 / 2),
+                format!(
+                    "make pretrain RECIPE={name} STEPS={}",
+                    steps + (steps / 2).max(1)
+                ),
             ),
             next(
                 "what was trained:",
