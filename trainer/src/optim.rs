@@ -137,10 +137,8 @@ impl AdamW {
         if let [span] = spans.as_slice()
             && *span == (0..share.len())
         {
-            // Taken out, so that they have one owner and are changed where they lie.
-            let nothing = Tensor::zeros([0], &parameters.device());
-            let m = std::mem::replace(&mut self.exp_avg[index], nothing.clone());
-            let v = std::mem::replace(&mut self.exp_avg_sq[index], nothing);
+            let m = taken(&mut self.exp_avg[index]);
+            let v = taken(&mut self.exp_avg_sq[index]);
             let (parameters, m, v) = rule.apply(parameters, gradients, (m, v));
             self.exp_avg[index] = m;
             self.exp_avg_sq[index] = v;
@@ -270,6 +268,17 @@ impl Rule {
         let denominator = v.clone().sqrt() / self.root_correction2 + self.eps;
         let p = p * self.shrink - m.clone() / denominator * self.step_size;
         (p, m, v)
+    }
+}
+
+/// Takes a moment to be replaced; out of its place in host memory, so that it has one owner and is
+/// changed where it lies.
+fn taken(moment: &mut Tensor<1>) -> Tensor<1> {
+    let device = moment.device();
+    if device == Device::flex() {
+        std::mem::replace(moment, Tensor::zeros([0], &device))
+    } else {
+        moment.clone()
     }
 }
 
