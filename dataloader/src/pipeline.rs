@@ -101,12 +101,18 @@ impl Pipeline {
                     (plan, keys, pinned)
                 }
             });
-            let fetches = pinned
-                .map(move |(plan, keys, pinned)| {
-                    Fetching::start(fetch(Arc::clone(&for_fetch), plan, keys, pinned)).finish()
-                })
-                .buffered(prefetch);
-            let mut fetches = std::pin::pin!(fetches);
+            let start = move |(plan, keys, pinned)| {
+                Fetching::start(fetch(Arc::clone(&for_fetch), plan, keys, pinned)).finish()
+            };
+            let mut pinned = std::pin::pin!(pinned);
+            // The first one has store and processor for itself: everybody waits for it.
+            let Some(first) = pinned.next().await else {
+                return;
+            };
+            if to_assemble.send(start(first).await).await.is_err() {
+                return;
+            }
+            let mut fetches = pinned.map(start).buffered(prefetch);
             while let Some(next) = fetches.next().await {
                 if to_assemble.send(next).await.is_err() {
                     break;
