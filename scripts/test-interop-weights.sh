@@ -18,7 +18,7 @@ fi
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export HF_HUB_OFFLINE=1 HF_HOME="$work/cache"
-POLLEN_INTEROP_DIR=$work "${CARGO:-cargo}" test --quiet --locked -p pollen-model -p pollen-cli \
+POLLEN_INTEROP_DIR=$work "${CARGO:-cargo}" test --quiet --locked --workspace \
     --features pollen-cli/faults --lib -- --ignored --exact interop::write_weights_and_activations
 for what in flower vlm; do
     "$pollen" export "$work/weights" "$work/$what" --recipe demo --what "$what" --shard-size '1 MB'
