@@ -249,6 +249,8 @@ fn assert_exchanged(events: &[Record]) {
 fn assert_resumed(case: &Case, events: &[Record]) {
     let mut acknowledged = 0;
     let mut restored = BTreeMap::new();
+    // By start: the newest step that was known to be saved before it.
+    let mut known = BTreeMap::new();
     for record in events {
         match &record.event {
             Event::Checkpoint { step, .. } => acknowledged = acknowledged.max(*step),
@@ -262,6 +264,7 @@ fn assert_resumed(case: &Case, events: &[Record]) {
                 let from = restored.get(&record.generation).copied().unwrap_or(0);
                 assert_eq!(start.step, from, "generation {}", record.generation);
                 assert!(start.step >= acknowledged, "a checkpoint was lost");
+                known.insert(record.generation, acknowledged);
             }
             _ => {}
         }
@@ -269,6 +272,9 @@ fn assert_resumed(case: &Case, events: &[Record]) {
     let last = case.strikes() + 1;
     match case.group {
         Group::Start => assert!(restored.is_empty(), "{restored:?}"),
+        // Nothing waits for the first save until the second begins: a rank that is struck there may
+        // take the first with it.
+        Group::Step if case.place.name == "checkpoint" && known[&last] == 0 => {}
         Group::Step | Group::Restore => assert!(restored.contains_key(&last), "{restored:?}"),
         Group::Save => {
             let want = case.place.step - if case.committed { 0 } else { 2 };
