@@ -50,14 +50,14 @@ pub(crate) enum Kept {
     Copied(Arc<Vec<f32>>),
     /// The tensor itself, which lies in host memory: an update makes new tensors, and writes into
     /// none that is held.
-    Held(Tensor<1>),
+    Held(Box<Tensor<1>>),
 }
 
 impl Kept {
     /// Keeps the values of a tensor on a device of this kind.
     pub(crate) fn of(values: Tensor<1>, kind: DeviceKind) -> Self {
         match kind {
-            DeviceKind::Cpu => Self::Held(values),
+            DeviceKind::Cpu => Self::Held(Box::new(values)),
             DeviceKind::Cuda => Self::Copied(Arc::new(host(values))),
         }
     }
@@ -74,7 +74,7 @@ impl Source for Kept {
     fn values(&self) -> Arc<Vec<f32>> {
         match self {
             Self::Copied(values) => Arc::clone(values),
-            Self::Held(values) => Arc::new(host(values.clone())),
+            Self::Held(values) => Arc::new(host(values.as_ref().clone())),
         }
     }
 }
