@@ -52,14 +52,34 @@ impl Writer {
         self.inner.url_of(self.id)
     }
 
-    /// Writes the rank's weights; each tensor is written by one rank, whole.
-    pub fn write_model(&self, tensors: &[TensorSlice<'_>]) -> Result<FileRecord> {
-        self.write_tensors(FileKind::Model, tensors)
-    }
-
-    /// Writes the rank's averaged weights.
-    pub fn write_ema(&self, tensors: &[TensorSlice<'_>]) -> Result<FileRecord> {
-        self.write_tensors(FileKind::Ema, tensors)
+    /// Writes what the rank's training consists of: its weights, its ranges of the optimizer's
+    /// arrays and, where the run averages weights, those. Each tensor is written by one rank, whole.
+    /// The optimizer's file, the largest, is written beside the others: sha256 is slower than good
+    /// disks, and so two cores compute it. The thread that does it calls `begin` first.
+    pub fn write_state(
+        &self,
+        weights: &[TensorSlice<'_>],
+        moments: &[FlatSlice<'_>],
+        averages: Option<&[TensorSlice<'_>]>,
+        begin: impl FnOnce() + Send,
+    ) -> Result<Vec<FileRecord>> {
+        let write_moments = || {
+            begin();
+            self.write_flat(moments)
+        };
+        std::thread::scope(|scope| {
+            let optim = std::thread::Builder::new()
+                .name("checkpoint-optim".into())
+                .spawn_scoped(scope, write_moments)
+                .map_err(|source| Error::System { source })?;
+            let model = self.write_tensors(FileKind::Model, weights);
+            let ema = averages.map(|averages| self.write_tensors(FileKind::Ema, averages));
+            let optim = optim.join();
+            let optim = optim.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            let mut files = vec![model?, optim?];
+            files.extend(ema.transpose()?);
+            Ok(files)
+        })
     }
 
     fn write_tensors(&self, kind: FileKind, tensors: &[TensorSlice<'_>]) -> Result<FileRecord> {

@@ -86,6 +86,12 @@ pub(crate) fn of_group(trace: &[Place], group: Group, step: u64, saved: u64) -> 
             chosen.push((*place).clone());
         }
     }
-    chosen.sort_by_key(|place| place.rank);
+    // The optimizer's file is written beside the model's, now sooner, now later: model first here.
+    let part = |place: &Place| match (group, &place.name) {
+        (Group::Save, name) if name.contains(" model-") => 0,
+        (Group::Save, name) if name.contains(" optim-") => 1,
+        _ => 2,
+    };
+    chosen.sort_by_key(|place| (place.rank, part(place)));
     chosen
 }

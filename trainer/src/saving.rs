@@ -230,13 +230,11 @@ impl Place {
                 values: Values::From(values),
             })
             .collect();
-        let mut files = vec![
-            writer.write_model(&slices(&snapshot.weights))?,
-            writer.write_flat(&moments)?,
-        ];
-        if let Some(averages) = &snapshot.averages {
-            files.push(writer.write_ema(&slices(averages))?);
-        }
+        let averages = snapshot.averages.as_deref().map(slices);
+        let weights = slices(&snapshot.weights);
+        let step = snapshot.head.step;
+        let begin = || crate::faults::saving(step);
+        let mut files = writer.write_state(&weights, &moments, averages.as_deref(), begin)?;
         if self.rank == 0 {
             files.push(writer.write_file("contract.json", self.contract.clone().into())?);
         }

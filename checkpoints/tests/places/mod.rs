@@ -153,10 +153,9 @@ pub(crate) fn write_rank(
         offset: from,
         values: Values::F32(&flat[from as usize..to as usize]),
     };
-    let mut files = vec![
-        writer.write_model(&[tensor]).unwrap(),
-        writer.write_flat(&[slice]).unwrap(),
-    ];
+    let mut files = writer
+        .write_state(&[tensor], &[slice], None, || ())
+        .unwrap();
     if rank == 0 {
         let contract = format!(r#"{{"step":{step}}}"#).into();
         files.push(writer.write_file("contract.json", contract).unwrap());

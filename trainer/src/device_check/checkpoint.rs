@@ -141,11 +141,8 @@ fn save(store: &Checkpoints, bench: &Bench, state: &State, step: u64) -> Result<
             values: Values::F32(values),
         })
         .collect();
-    let files = vec![
-        writer.write_model(&tensors)?,
-        writer.write_flat(&moments)?,
-        writer.write_file("contract.json", "{}".into())?,
-    ];
+    let mut files = writer.write_state(&tensors, &moments, None, || ())?;
+    files.push(writer.write_file("contract.json", "{}".into())?);
     let head = ManifestHead {
         step,
         updates: state.updates,
