@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Runs the storage suite against other people's servers: moto (S3) and Azurite (Azure Blob Storage),
-# both from their package registries into .pollen/, both on loopback and in memory. Needs python3 with
-# venv and node with npm. POLLEN_SKIP_AZURITE=1 or POLLEN_SKIP_MOTO=1 leaves one out, and says so.
-# Google Cloud Storage has no server that runs offline: gs:// is not tested here.
+# Runs the suites of storage and checkpoints against other people's servers: moto (S3) and Azurite
+# (Azure Blob Storage; storage only), both from their package registries into .pollen/, both on
+# loopback and in memory. Needs python3 with venv and node with npm. POLLEN_SKIP_AZURITE=1 or
+# POLLEN_SKIP_MOTO=1 leaves one out, and says so. Google Cloud Storage has no server that runs
+# offline: gs:// is not tested here.
 set -euo pipefail
 
 checkout=$(cd "$(dirname "$0")/.." && pwd)
@@ -34,8 +35,9 @@ await() {
     fail "$2 does not answer on port $1"
 }
 
+# The storage's conformance suite, and with it the checkpoints': fencing of orphans, lost answers.
 suite() {
-    cargo test --locked -p pollen-storage -p pollen-cli --features pollen-cli/faults --test conformance -- "$1"
+    "${CARGO:-cargo}" test --locked --workspace --features pollen-cli/faults --test conformance -- "$@"
 }
 
 if [[ ${POLLEN_SKIP_MOTO:-} == 1 ]]; then
@@ -53,7 +55,7 @@ else
     python3 -c 'import sys, urllib.request as u; u.urlopen(u.Request(sys.argv[1], method="PUT"))' \
         "http://127.0.0.1:$port/pollen-test"
     AWS_ENDPOINT_URL=http://127.0.0.1:$port AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test \
-        AWS_REGION=us-east-1 POLLEN_TEST_S3_URL=s3://pollen-test/conformance suite s3
+        AWS_REGION=us-east-1 POLLEN_TEST_S3_URL=s3://pollen-test/conformance suite
 fi
 
 if [[ ${POLLEN_SKIP_AZURITE:-} == 1 ]]; then
