@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use pollen_core::{ActionSpace, ErrorClass, Seed};
-use pollen_processing::{Augmentation, ImageContract, ObservationContract, ResizeKind, Resizer};
+use pollen_processing::{
+    Augmentation, Image, ImageContract, ObservationContract, ResizeKind, Resizer,
+};
 use pollen_storage::Storage;
 
 use crate::bad_row_groups::BadRowGroups;
@@ -11,7 +13,7 @@ use crate::batch::{BadSample, BatchDims, HostBatch, ModelShape};
 use crate::byte_cache::{ByteCache, HeldBytes, Owner, Pinned};
 use crate::config::{ChunkLength, DataConfig};
 use crate::dataset::{Dataset, Footers, Shared};
-use crate::decode::{decode_jpeg, decode_jpeg_into};
+use crate::decode::decode_jpeg_into;
 use crate::disk_cache::DiskCache;
 use crate::error::{Error, Result};
 use crate::mixture::{Mixture, MixtureSource};
@@ -391,23 +393,16 @@ impl Data {
                 let bytes = group
                     .image(image, row)
                     .ok_or_else(|| bad("there is no image".into()))?;
-                let augmentation =
-                    seed.map_or(Augmentation::None, |_| self.config.augment.of(role));
-                let size = dataset.image_size(image);
-                if augmentation == Augmentation::None && size == Some((side, side)) {
-                    decode_jpeg_into(bytes, (side, side), planes).map_err(bad)?;
-                    return Ok(true);
-                }
-                let decoded = decode_jpeg(bytes, size).map_err(bad)?;
-                let mut image = self
-                    .resizer
-                    .resize_square(decoded)
-                    .map_err(|e| bad(e.to_string()))?;
-                if let Some(seed) = seed {
+                decode_jpeg_into(bytes, dataset.image_size(image), &self.resizer, planes)
+                    .map_err(bad)?;
+                let Some(seed) = seed else { return Ok(true) };
+                let augmentation = self.config.augment.of(role);
+                if augmentation != Augmentation::None {
+                    let image = Image::from_planes(side, side, planes.to_vec());
                     let mut draws = seed.index(camera as u64).draws();
-                    image = augmentation.apply(image, &mut draws);
+                    let image = image.map_err(|e| bad(e.to_string()))?;
+                    planes.copy_from_slice(augmentation.apply(image, &mut draws).planes());
                 }
-                planes.copy_from_slice(image.planes());
                 Ok(true)
             })
             .collect()

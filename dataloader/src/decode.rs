@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use pollen_core::no_panic;
-use pollen_processing::{Image, planes_of};
+use pollen_processing::{Image, Resizer};
 
 /// Longest side of a frame; a larger one is taken for a broken header.
 const MAX_SIDE: usize = 8192;
@@ -20,18 +20,19 @@ pub fn decode_jpeg(bytes: &[u8], size: Option<(usize, usize)>) -> Result<Image, 
     })
 }
 
-/// Decodes a frame of a known size into its place in a batch.
+/// Decodes a frame and resizes it into its place in a batch.
 ///
 /// # Shapes
-/// `planes` is [3, height, width].
+/// `planes` is [3, side, side].
 pub(crate) fn decode_jpeg_into(
     bytes: &[u8],
-    size: (usize, usize),
+    size: Option<(usize, usize)>,
+    resizer: &Resizer,
     planes: &mut [u8],
 ) -> Result<(), String> {
-    decode_with(bytes, Some(size), |_, _, pixels| {
-        planes_of(pixels, planes);
-        Ok(())
+    decode_with(bytes, size, |height, width, pixels| {
+        let resized = resizer.resize_square_into((height, width), pixels, planes);
+        resized.map_err(|e| e.to_string())
     })
 }
 

@@ -5,6 +5,7 @@
 use pollen_core::Draws;
 use serde::{Deserialize, Serialize};
 
+use crate::photometric::{Change, Photometric};
 use crate::pixels::Image;
 
 /// What training does to an image after the resize.
@@ -29,7 +30,7 @@ impl Augmentation {
         match self {
             Self::None => image,
             Self::RandomShift { pad } => image.random_shift(*pad, draws),
-            Self::CropAndColor(ranges) => ranges.apply(&image, draws),
+            Self::CropAndColor(ranges) => ranges.apply(image, draws),
         }
     }
 }
@@ -86,7 +87,7 @@ impl CropAndColor {
     ///
     /// Pixels are clipped to [0, 1] after every operation and truncated, not rounded, at the end.
     #[must_use]
-    pub fn apply(&self, image: &Image, draws: &mut Draws) -> Image {
+    pub fn apply(&self, image: Image, draws: &mut Draws) -> Image {
         self.apply_drawn(image, self.draw(draws))
     }
 
@@ -104,35 +105,22 @@ impl CropAndColor {
         }
     }
 
-    fn apply_drawn(&self, image: &Image, drawn: Drawn) -> Image {
-        let (height, width) = (image.height(), image.width());
-        let scaled = image.planes().iter().map(|&byte| f32::from(byte) / 255.0);
-        let mut pixels: Vec<f32> = scaled.collect();
-        if self.crop {
-            pixels = crop_and_resize(&pixels, height, width, crop_box(drawn));
-            clip(&mut pixels);
+    fn apply_drawn(&self, mut image: Image, drawn: Drawn) -> Image {
+        let (width, planes) = (image.width(), image.planes_mut());
+        let change = Change {
+            crop: self.crop.then(|| crop_box(drawn)),
+            brightness: drawn.brightness,
+            contrast: drawn.contrast,
+            saturation: drawn.saturation,
+            hue: drawn.hue,
+        };
+        Photometric {
+            planes,
+            width,
+            change,
         }
-        for value in &mut pixels {
-            *value = (*value + drawn.brightness).clamp(0.0, 1.0);
-        }
-        adjust_contrast(&mut pixels, drawn.contrast);
-        clip(&mut pixels);
-        adjust_hsv(&mut pixels, |[h, s, v]| {
-            [h, (s * drawn.saturation).clamp(0.0, 1.0), v]
-        });
-        clip(&mut pixels);
-        adjust_hsv(&mut pixels, |[h, s, v]| {
-            [(h + drawn.hue).rem_euclid(1.0), s, v]
-        });
-        clip(&mut pixels);
-        let bytes = pixels.iter().map(|value| (value * 255.0) as u8);
-        Image::from_planes(height, width, bytes.collect()).expect("the size did not change")
-    }
-}
-
-fn clip(pixels: &mut [f32]) {
-    for value in pixels {
-        *value = value.clamp(0.0, 1.0);
+        .run();
+        image
     }
 }
 
@@ -145,87 +133,6 @@ fn crop_box(drawn: Drawn) -> [f32; 4] {
         drawn.offset[1] * (1.0 - width),
     );
     [top, left, top + height, left + width]
-}
-
-/// Cuts a box out and stretches it to the whole image: bilinear without antialiasing, corner pixels
-/// of the box on corner pixels of the result (TensorFlow's `crop_and_resize`).
-fn crop_and_resize(pixels: &[f32], height: usize, width: usize, crop: [f32; 4]) -> Vec<f32> {
-    /// For each output position the two input positions and the share of the second.
-    fn positions(len: usize, from: f32, to: f32) -> Vec<(usize, usize, f32)> {
-        let last = (len - 1) as f32;
-        let step = if len > 1 { to - from } else { 0.0 };
-        let start = if len > 1 { from * last } else { 0.0 };
-        (0..len)
-            .map(|i| {
-                let at = (start + i as f32 * step).clamp(0.0, last);
-                (at.floor() as usize, at.ceil() as usize, at - at.floor())
-            })
-            .collect()
-    }
-    let [top, left, bottom, right] = crop;
-    let rows = positions(height, top, bottom);
-    let columns = positions(width, left, right);
-    let mut out = Vec::with_capacity(pixels.len());
-    for plane in pixels.chunks_exact(height * width) {
-        for &(y0, y1, down) in &rows {
-            let (upper, lower) = (&plane[y0 * width..], &plane[y1 * width..]);
-            out.extend(columns.iter().map(|&(x0, x1, across)| {
-                let top = upper[x0] + (upper[x1] - upper[x0]) * across;
-                let bottom = lower[x0] + (lower[x1] - lower[x0]) * across;
-                top + (bottom - top) * down
-            }));
-        }
-    }
-    out
-}
-
-fn adjust_contrast(pixels: &mut [f32], factor: f32) {
-    let area = pixels.len() / 3;
-    for plane in pixels.chunks_exact_mut(area) {
-        let sum: f64 = plane.iter().map(|&value| f64::from(value)).sum();
-        let mean = (sum / area as f64) as f32;
-        for value in plane {
-            *value = (*value - mean) * factor + mean;
-        }
-    }
-}
-
-fn adjust_hsv(pixels: &mut [f32], change: impl Fn([f32; 3]) -> [f32; 3]) {
-    let area = pixels.len() / 3;
-    let (red, rest) = pixels.split_at_mut(area);
-    let (green, blue) = rest.split_at_mut(area);
-    for ((r, g), b) in red.iter_mut().zip(green).zip(blue) {
-        [*r, *g, *b] = hsv_to_rgb(change(rgb_to_hsv([*r, *g, *b])));
-    }
-}
-
-/// Returns hue, saturation and value, all in [0, 1].
-fn rgb_to_hsv([r, g, b]: [f32; 3]) -> [f32; 3] {
-    let value = r.max(g).max(b);
-    let range = value - r.min(g).min(b);
-    let saturation = if value > 0.0 { range / value } else { 0.0 };
-    if range <= 0.0 {
-        return [0.0, saturation, value];
-    }
-    let sixth = 1.0 / (6.0 * range);
-    let hue = if r == value {
-        sixth * (g - b)
-    } else if g == value {
-        sixth * (b - r) + 2.0 / 6.0
-    } else {
-        sixth * (r - g) + 4.0 / 6.0
-    };
-    [if hue < 0.0 { hue + 1.0 } else { hue }, saturation, value]
-}
-
-fn hsv_to_rgb([hue, saturation, value]: [f32; 3]) -> [f32; 3] {
-    let angle = hue * 6.0;
-    let pure = [
-        (angle - 3.0).abs() - 1.0,
-        2.0 - (angle - 2.0).abs(),
-        2.0 - (angle - 4.0).abs(),
-    ];
-    pure.map(|p| ((1.0 - saturation) + saturation * p.clamp(0.0, 1.0)) * value)
 }
 
 #[cfg(test)]
@@ -257,7 +164,7 @@ mod tests {
     #[test]
     fn drawing_nothing_changes_at_most_the_truncated_bit() {
         let image = photo(9);
-        let same = CropAndColor::default().apply_drawn(&image, NOTHING);
+        let same = CropAndColor::default().apply_drawn(image.clone(), NOTHING);
         assert!(worst(&image, &same) <= 1);
     }
 
@@ -290,23 +197,6 @@ mod tests {
     }
 
     #[test]
-    fn a_crop_is_the_bilinear_stretch_of_its_box() {
-        // A ramp along x and y is reproduced exactly by bilinear interpolation.
-        let side = 8;
-        let ramp: Vec<f32> = (0..3 * side * side)
-            .map(|i| ((i % side) as f32 + 3.0 * (i / side % side) as f32) / 40.0)
-            .collect();
-        let [top, left, bottom, right] = [0.1, 0.2, 0.9, 1.0];
-        let out = crop_and_resize(&ramp, side, side, [top, left, bottom, right]);
-        for (i, value) in out.iter().enumerate() {
-            let (y, x) = ((i / side % side) as f32 / 7.0, (i % side) as f32 / 7.0);
-            let (y, x) = (top + y * (bottom - top), left + x * (right - left));
-            let expected = (7.0 * x + 21.0 * y) / 40.0;
-            assert!((value - expected).abs() < 1e-5, "{i}: {value} {expected}");
-        }
-    }
-
-    #[test]
     fn a_box_has_the_drawn_area_and_aspect() {
         let drawn = Drawn {
             area: 0.81,
@@ -332,7 +222,7 @@ mod tests {
             saturation: 1.0,
             ..NOTHING
         };
-        let brighter = ranges.apply_drawn(&image, drawn);
+        let brighter = ranges.apply_drawn(image.clone(), drawn);
         for (before, after) in image.planes().iter().zip(brighter.planes()) {
             let expected = (f32::from(*before) + 25.5).min(255.0);
             assert!(
@@ -343,48 +233,6 @@ mod tests {
     }
 
     #[test]
-    fn contrast_scales_about_each_channels_mean() {
-        let mut pixels = vec![0.2, 0.4, 0.5, 0.5, 0.0, 1.0];
-        adjust_contrast(&mut pixels, 0.5);
-        let expected = [0.25, 0.35, 0.5, 0.5, 0.25, 0.75];
-        let mut pairs = pixels.iter().zip(expected);
-        assert!(pairs.all(|(a, b)| (a - b).abs() < 1e-6), "{pixels:?}");
-    }
-
-    #[test]
-    fn known_colours_have_known_hues() {
-        for (rgb, hsv) in [
-            ([1.0, 0.0, 0.0], [0.0, 1.0, 1.0]),
-            ([1.0, 1.0, 0.0], [1.0 / 6.0, 1.0, 1.0]),
-            ([0.0, 0.5, 0.0], [1.0 / 3.0, 1.0, 0.5]),
-            ([0.0, 1.0, 1.0], [0.5, 1.0, 1.0]),
-            ([0.5, 0.5, 1.0], [2.0 / 3.0, 0.5, 1.0]),
-            ([1.0, 0.0, 1.0], [5.0 / 6.0, 1.0, 1.0]),
-            ([0.3, 0.3, 0.3], [0.0, 0.0, 0.3]),
-            ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
-        ] {
-            let ours = rgb_to_hsv(rgb);
-            let back = hsv_to_rgb(ours);
-            let near = |a: [f32; 3], b: [f32; 3]| (0..3).all(|c| (a[c] - b[c]).abs() < 1e-6);
-            assert!(
-                near(ours, hsv) && near(back, rgb),
-                "{rgb:?} {ours:?} {back:?}"
-            );
-        }
-    }
-
-    #[test]
-    fn hue_turns_colours_and_leaves_greys() {
-        let mut pixels = vec![1.0, 0.4, 0.0, 0.4, 0.0, 0.4];
-        adjust_hsv(&mut pixels, |[h, s, v]| {
-            [(h + 1.0 / 3.0).rem_euclid(1.0), s, v]
-        });
-        let expected = [0.0, 0.4, 1.0, 0.4, 0.0, 0.4];
-        let mut pairs = pixels.iter().zip(expected);
-        assert!(pairs.all(|(a, b)| (a - b).abs() < 1e-6), "{pixels:?}");
-    }
-
-    #[test]
     fn saturation_zero_leaves_the_value() {
         let ranges = CropAndColor {
             crop: false,
@@ -392,7 +240,7 @@ mod tests {
         };
         let image = Image::from_planes(1, 1, vec![200, 100, 50]).expect("sizes");
         let grey = ranges.apply_drawn(
-            &image,
+            image,
             Drawn {
                 saturation: 0.0,
                 ..NOTHING

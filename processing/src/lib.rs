@@ -43,10 +43,12 @@ pub mod augment;
 pub mod contract;
 pub mod conventions;
 pub mod error;
+mod filter;
 #[cfg(test)]
 mod golden;
 pub mod normalize;
 pub mod op;
+mod photometric;
 pub mod pixels;
 pub mod prompt;
 pub mod resize;
@@ -62,7 +64,7 @@ pub use contract::{
 pub use error::Error;
 pub use normalize::{Fallback, FallbackKind, Normalizer};
 pub use op::Op;
-pub use pixels::{Image, PIXEL_MEAN, PIXEL_STD, normalize_pixels, planes_of};
+pub use pixels::{Image, PIXEL_MEAN, PIXEL_STD, normalize_pixels};
 pub use prompt::Prompt;
 pub use resize::{ResizeKind, Resizer};
 pub use rotation::Rotation;

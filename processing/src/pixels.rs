@@ -33,6 +33,12 @@ fn check(height: usize, width: usize, bytes: usize) -> Result<(), Error> {
     })
 }
 
+/// [`check`] of pixels of four bytes.
+pub(crate) fn check_padded(height: usize, width: usize, bytes: usize) -> Result<(), Error> {
+    let whole = bytes.is_multiple_of(4);
+    check(height, width, if whole { bytes / 4 * 3 } else { 0 })
+}
+
 impl Image {
     /// Wraps planes that are already [3, height, width].
     pub fn from_planes(height: usize, width: usize, data: Vec<u8>) -> Result<Self, Error> {
@@ -64,14 +70,8 @@ impl Image {
     /// Takes pixels [height, width, 4] apart, red, green, blue and a byte that is ignored: faster than
     /// three bytes each, because every pixel is a word.
     pub fn from_padded(height: usize, width: usize, pixels: &[u8]) -> Result<Self, Error> {
-        let words = pixels.as_chunks::<4>().0;
-        let of_three = if pixels.len().is_multiple_of(4) {
-            3 * words.len()
-        } else {
-            0
-        };
-        check(height, width, of_three)?;
-        let mut data = vec![0; of_three];
+        check_padded(height, width, pixels.len())?;
+        let mut data = vec![0; pixels.len() / 4 * 3];
         planes_of(pixels, &mut data);
         Ok(Self {
             height,
@@ -104,6 +104,23 @@ impl Image {
         &self.data
     }
 
+    pub(crate) fn planes_mut(&mut self) -> &mut [u8] {
+        &mut self.data
+    }
+
+    /// Returns the pixels [height, width, 4], of which the fourth byte is 0.
+    pub(crate) fn to_padded(&self) -> Vec<u8> {
+        let area = self.height * self.width;
+        let (red, rest) = self.data.split_at(area);
+        let (green, blue) = rest.split_at(area);
+        let mut pixels = vec![0; 4 * area];
+        let colours = red.iter().zip(green).zip(blue);
+        for (pixel, ((&r, &g), &b)) in pixels.as_chunks_mut::<4>().0.iter_mut().zip(colours) {
+            *pixel = [r, g, b, 0];
+        }
+        pixels
+    }
+
     /// Returns the planes [3, height, width] without a copy.
     pub fn into_planes(self) -> Vec<u8> {
         self.data
@@ -116,15 +133,17 @@ impl Image {
         let clamped = |index: usize, by: isize, len: usize| {
             index.saturating_add_signed(by).min(len - 1) // in [0, len)
         };
-        let columns: Vec<usize> = (0..self.width)
-            .map(|x| clamped(x, dx, self.width))
-            .collect();
+        // Of every row what stays in sight, and how often its first and last pixels are repeated.
+        let (before, after) = ((-dx).max(0) as usize, dx.max(0) as usize);
+        let (before, after) = (before.min(self.width), after.min(self.width));
         let mut data = Vec::with_capacity(self.data.len());
         for plane in self.data.chunks_exact(self.height * self.width) {
             for y in 0..self.height {
                 let start = clamped(y, dy, self.height) * self.width;
                 let row = &plane[start..start + self.width];
-                data.extend(columns.iter().map(|&x| row[x]));
+                data.extend(std::iter::repeat_n(row[0], before));
+                data.extend_from_slice(&row[after..self.width - before]);
+                data.extend(std::iter::repeat_n(row[self.width - 1], after));
             }
         }
         Self { data, ..*self }
@@ -143,7 +162,7 @@ impl Image {
 ///
 /// # Panics
 /// When the planes' length is not three for every four of the pixels'.
-pub fn planes_of(pixels: &[u8], planes: &mut [u8]) {
+pub(crate) fn planes_of(pixels: &[u8], planes: &mut [u8]) {
     let (words, rest) = pixels.as_chunks::<4>();
     assert!(
         rest.is_empty() && planes.len() == 3 * words.len(),
@@ -151,6 +170,12 @@ pub fn planes_of(pixels: &[u8], planes: &mut [u8]) {
     );
     let (red, others) = planes.split_at_mut(words.len());
     let (green, blue) = others.split_at_mut(words.len());
+    take_apart(pixels, red, green, blue);
+}
+
+/// Takes pixels of four bytes apart.
+pub(crate) fn take_apart(pixels: &[u8], red: &mut [u8], green: &mut [u8], blue: &mut [u8]) {
+    let words = pixels.as_chunks::<4>().0;
     // Sixteen at once, which every compiler turns into vector instructions: half the time of one
     // plane after the other, an eighth of that of one pixel after the other.
     let (blocks, last) = words.as_chunks::<16>();

@@ -11,7 +11,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
-use crate::pixels::Image;
+use crate::filter::{Filter, Taps};
+use crate::pixels::{Image, check_padded, planes_of};
 
 /// How an image is brought to the model's size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -46,50 +47,24 @@ impl ResizeKind {
     }
 }
 
-/// The input pixels and weights of every output pixel along one axis.
-#[derive(Debug)]
-struct Taps {
-    /// First input pixel, and where its weights start; one more entry closes the last.
-    spans: Vec<(usize, usize)>,
-    weights: Vec<f32>,
-}
-
-impl Taps {
-    fn new(kind: ResizeKind, from: usize, to: usize) -> Self {
-        let scale = from as f32 / to as f32;
-        let widening = scale.max(1.0);
-        let support = kind.radius() * widening;
-        let mut taps = Self {
-            spans: Vec::with_capacity(to + 1),
-            weights: Vec::new(),
-        };
-        for i in 0..to {
-            let center = scale * (i as f32 + 0.5);
-            let first = (center - support + 0.5).max(0.0) as usize;
-            let last = ((center + support + 0.5) as usize).min(from);
-            let start = taps.weights.len();
-            taps.spans.push((first, start));
-            let narrowing = 1.0 / widening;
-            let weight = |j: usize| kind.filter((j as f32 - center + 0.5) * narrowing);
-            taps.weights.extend((first..last).map(weight));
-            let sum: f32 = taps.weights[start..].iter().sum();
-            for weight in &mut taps.weights[start..] {
-                *weight /= sum;
-            }
+/// Returns the weights of `from` input pixels for `to` output pixels.
+fn taps(kind: ResizeKind, from: usize, to: usize) -> Taps {
+    let scale = from as f32 / to as f32;
+    let widening = scale.max(1.0);
+    let support = kind.radius() * widening;
+    let narrowing = 1.0 / widening;
+    Taps::new((0..to).map(|i| {
+        let center = scale * (i as f32 + 0.5);
+        let first = (center - support + 0.5).max(0.0) as usize;
+        let last = ((center + support + 0.5) as usize).min(from);
+        let weight = |j: usize| kind.filter((j as f32 - center + 0.5) * narrowing);
+        let mut weights: Vec<f32> = (first..last).map(weight).collect();
+        let sum: f32 = weights.iter().sum();
+        for weight in &mut weights {
+            *weight /= sum;
         }
-        taps.spans.push((0, taps.weights.len()));
-        taps
-    }
-
-    /// Returns the number of output pixels.
-    fn len(&self) -> usize {
-        self.spans.len() - 1
-    }
-
-    fn at(&self, i: usize) -> (usize, &[f32]) {
-        let (first, start) = self.spans[i];
-        (first, &self.weights[start..self.spans[i + 1].1])
-    }
+        (first, weights)
+    }))
 }
 
 /// Resizes images to one size; keeps the filter weights of the sizes it has met.
@@ -122,48 +97,87 @@ impl Resizer {
     /// Resizes; a short-side resize keeps the aspect, so the result may not be square.
     #[must_use]
     pub fn resize(&self, image: &Image) -> Image {
-        let (height, width) = self.size_of(image);
-        if (height, width) == (image.height(), image.width()) {
-            return image.clone();
-        }
-        let columns = self.taps(image.width(), width);
-        let rows = self.taps(image.height(), height);
-        let mut narrow = vec![0.0; image.height() * width];
-        let mut data = vec![0; 3 * height * width];
-        let planes = image
-            .planes()
-            .chunks_exact(image.height() * image.width())
-            .zip(data.chunks_exact_mut(height * width));
-        for (plane, out) in planes {
-            let (plane, taps) = ((plane, image.width()), (&*rows, &*columns));
-            match self.kind {
-                ResizeKind::BilinearShortSide => {
-                    filter_plane(plane, taps, &mut narrow, out, fused);
-                }
-                ResizeKind::Lanczos3Square => filter_plane(plane, taps, &mut narrow, out, plain),
-            }
-        }
-        Image::from_planes(height, width, data).expect("data has the size just computed")
+        let from = (image.height(), image.width());
+        let to = self.size_of(from);
+        let mut planes = vec![0; 3 * to.0 * to.1];
+        self.fill((from, &image.to_padded()), to, &mut planes);
+        Image::from_planes(to.0, to.1, planes).expect("the planes have the size just computed")
     }
 
     /// Resizes to [3, side, side], which is what a batch is made of; an image of that size is
     /// returned as it is.
+    ///
+    /// # Errors
+    /// When the result would not be square.
     pub fn resize_square(&self, image: Image) -> Result<Image, Error> {
-        if (image.height(), image.width()) == (self.side, self.side) {
+        let from = (image.height(), image.width());
+        self.check_square(from)?;
+        if from == (self.side, self.side) {
             return Ok(image);
         }
-        if self.size_of(&image) == (self.side, self.side) {
-            Ok(self.resize(&image))
-        } else {
-            Err(Error::NotSquare {
-                height: image.height(),
-                width: image.width(),
-            })
+        Ok(self.resize(&image))
+    }
+
+    /// Resizes pixels as a decoder gives them, with no image in between, into their place in a batch.
+    ///
+    /// # Shapes
+    /// `pixels` is [height, width, 4], of which the fourth byte is ignored; `planes` is
+    /// [3, side, side].
+    ///
+    /// # Errors
+    /// When the result would not be square, or the pixels are more or fewer.
+    ///
+    /// # Panics
+    /// When the planes are longer or shorter.
+    pub fn resize_square_into(
+        &self,
+        (height, width): (usize, usize),
+        pixels: &[u8],
+        planes: &mut [u8],
+    ) -> Result<(), Error> {
+        let side = self.side;
+        assert_eq!(planes.len(), 3 * side * side, "bytes of the planes");
+        check_padded(height, width, pixels.len())?;
+        self.check_square((height, width))?;
+        self.fill(((height, width), pixels), (side, side), planes);
+        Ok(())
+    }
+
+    fn fill(&self, (from, pixels): ((usize, usize), &[u8]), to: (usize, usize), planes: &mut [u8]) {
+        if from == to {
+            return planes_of(pixels, planes);
+        }
+        let (rows, columns) = (self.taps(from.0, to.0), self.taps(from.1, to.1));
+        let (rows, columns, width) = (&*rows, &*columns, from.1);
+        match self.kind {
+            ResizeKind::BilinearShortSide => Filter::<true> {
+                pixels,
+                width,
+                rows,
+                columns,
+                planes,
+            }
+            .run(),
+            ResizeKind::Lanczos3Square => Filter::<false> {
+                pixels,
+                width,
+                rows,
+                columns,
+                planes,
+            }
+            .run(),
         }
     }
 
-    fn size_of(&self, image: &Image) -> (usize, usize) {
-        let (height, width) = (image.height(), image.width());
+    fn check_square(&self, (height, width): (usize, usize)) -> Result<(), Error> {
+        if self.size_of((height, width)) == (self.side, self.side) {
+            Ok(())
+        } else {
+            Err(Error::NotSquare { height, width })
+        }
+    }
+
+    fn size_of(&self, (height, width): (usize, usize)) -> (usize, usize) {
         match self.kind {
             ResizeKind::Lanczos3Square => (self.side, self.side),
             ResizeKind::BilinearShortSide if height <= width => {
@@ -177,55 +191,7 @@ impl Resizer {
         // A panic elsewhere leaves the map whole: entries are only ever added.
         let mut known = self.taps.lock().unwrap_or_else(PoisonError::into_inner);
         let entry = known.entry((from, to));
-        Arc::clone(entry.or_insert_with(|| Arc::new(Taps::new(self.kind, from, to))))
-    }
-}
-
-/// a * b + sum, rounded once: what torchvision's kernels do, and what decides ties. In f64 the
-/// product is exact; `mul_add` would be slower where no such instruction is known when compiling.
-fn fused(a: f32, b: f32, sum: f32) -> f32 {
-    (f64::from(a) * f64::from(b) + f64::from(sum)) as f32
-}
-
-/// a * b + sum, rounded twice.
-fn plain(a: f32, b: f32, sum: f32) -> f32 {
-    a * b + sum
-}
-
-/// Filters one plane along rows, then along columns. `add` is [`fused`] or [`plain`].
-///
-/// # Shapes
-/// `plane` is [any, `width`], `narrow` [any, columns], `out` [rows, columns].
-fn filter_plane(
-    (plane, width): (&[u8], usize),
-    (rows, columns): (&Taps, &Taps),
-    narrow: &mut [f32],
-    out: &mut [u8],
-    add: impl Fn(f32, f32, f32) -> f32,
-) {
-    let lines = plane.chunks_exact(width);
-    for (line, out) in lines.zip(narrow.chunks_exact_mut(columns.len())) {
-        for (x, value) in out.iter_mut().enumerate() {
-            let (first, weights) = columns.at(x);
-            let pairs = line[first..first + weights.len()].iter().zip(weights);
-            *value = pairs.fold(0.0, |sum, (&pixel, &weight)| {
-                add(f32::from(pixel), weight, sum)
-            });
-        }
-    }
-    let width = columns.len();
-    let mut sum = vec![0.0; width];
-    for (y, out) in out.chunks_exact_mut(width).enumerate() {
-        let (first, weights) = rows.at(y);
-        sum.fill(0.0);
-        for (line, &weight) in narrow[first * width..].chunks_exact(width).zip(weights) {
-            for (sum, &value) in sum.iter_mut().zip(line) {
-                *sum = add(value, weight, *sum);
-            }
-        }
-        for (byte, sum) in out.iter_mut().zip(&sum) {
-            *byte = sum.round_ties_even().clamp(0.0, 255.0) as u8;
-        }
+        Arc::clone(entry.or_insert_with(|| Arc::new(taps(self.kind, from, to))))
     }
 }
 
