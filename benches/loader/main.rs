@@ -1,8 +1,8 @@
-//! Measures the loader on a corpus of 224 x 224 frames, as one process of a comparison of loaders.
+//! Measures the loader on a corpus of frames, as one process of a comparison of loaders.
 //!
 //! ```text
 //! bench_loader --data DIR|URL [--seconds 6] [--resume-at 0] [--threads 2] [--buffer 4096]
-//!              [--batch 32] [--dump 0]
+//!              [--batch 32] [--dump 0] [--image-size 224] [--resize bilinear_short_side] [--augment none]
 //! ```
 //!
 //! Prints one line of JSON: `first_batch_s` from the start of loader construction, `samples_per_s`
@@ -48,7 +48,15 @@ fn main() {
     let batch = number("batch", 32.0) as usize;
     let url = args.get("data").expect("--data DIR or URL");
     let (threads, buffer) = (number("threads", 2.0), number("buffer", 4096.0));
-    let config = config(url, threads as usize, buffer as u64);
+    let word =
+        |name: &str, default: &str| args.get(name).map_or(default, String::as_str).to_owned();
+    let pixels = format!(
+        "image_size = {}\nresize = \"{}\"\naugment = {{ kind = \"{}\" }}",
+        number("image-size", 224.0),
+        word("resize", "bilinear_short_side"),
+        word("augment", "none")
+    );
+    let config = config(url, threads as usize, buffer as u64, &pixels);
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
@@ -121,8 +129,8 @@ struct Recipe {
     data: DataConfig,
 }
 
-/// Pixels as stored, no augmentation: what other loaders do, too.
-fn config(url: &str, decode_threads: usize, buffer: u64) -> DataConfig {
+/// By default pixels as stored, no augmentation: what other loaders do, too.
+fn config(url: &str, decode_threads: usize, buffer: u64, pixels: &str) -> DataConfig {
     let (root, name) = url
         .trim_end_matches('/')
         .rsplit_once('/')
@@ -130,7 +138,7 @@ fn config(url: &str, decode_threads: usize, buffer: u64) -> DataConfig {
     let tokenizer = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo/tokenizer.json");
     let window = buffer * FRAME_BYTES;
     let text = format!(
-        "[data]\nroot = \"{root}\"\ncameras = [\"primary\", \"wrist\"]\nimage_size = 224\n\
+        "[data]\nroot = \"{root}\"\ncameras = [\"primary\", \"wrist\"]\n{pixels}\n\
          window_bytes = {window}\ncache_bytes = \"160MiB\"\nprefetch_batches = 3\n\
          decode_threads = {decode_threads}\ntokenizer = \"{}\"\n\
          [data.datasets.{name}]\nembodiment = \"arm\"\nrobot = \"robot\"\n\
