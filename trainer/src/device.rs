@@ -29,6 +29,15 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
+    /// Returns the kind of an open device, with or without autodiff.
+    pub fn of(device: &Device) -> Self {
+        if device.clone().inner() == Device::flex() {
+            Self::Cpu
+        } else {
+            Self::Cuda
+        }
+    }
+
     /// Returns the name used in events and plans.
     pub fn name(self) -> &'static str {
         match self {

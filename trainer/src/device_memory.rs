@@ -9,6 +9,7 @@ use std::sync::Arc;
 use burn::tensor::{Device, Tensor};
 use pollen_collectives::{Communicator, DeviceBuffer};
 
+use crate::device::DeviceKind;
 use crate::error::Error;
 
 /// Where gradients are summed and the norm is taken.
@@ -27,7 +28,7 @@ impl Place {
     /// # Errors
     /// In a build without CUDA, for a GPU.
     pub fn of(device: &Device) -> Result<Self, Error> {
-        if device.clone().inner() == Device::flex() {
+        if DeviceKind::of(device) == DeviceKind::Cpu {
             return Ok(Self::Host);
         }
         #[cfg(feature = "cuda")]

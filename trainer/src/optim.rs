@@ -7,6 +7,7 @@ use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::config::{GroupConfig, OptimizerConfig};
 use crate::data_parallel::to_device;
+use crate::device::DeviceKind;
 use crate::layout::{Entry, Layout, Shard};
 
 /// First and second moments of a shard of every bucket: with all of it replicated, or with a part
@@ -211,10 +212,9 @@ impl Rule {
         g: Tensor<1>,
         moments: (Tensor<1>, Tensor<1>),
     ) -> (Tensor<1>, Tensor<1>, Tensor<1>) {
-        if p.device() == Device::flex() {
-            self.apply_in_host_memory(p, g, moments)
-        } else {
-            self.apply_by_tensors(p, g, moments)
+        match DeviceKind::of(&p.device()) {
+            DeviceKind::Cpu => self.apply_in_host_memory(p, g, moments),
+            DeviceKind::Cuda => self.apply_by_tensors(p, g, moments),
         }
     }
 
@@ -275,10 +275,9 @@ impl Rule {
 /// changed where it lies.
 fn taken(moment: &mut Tensor<1>) -> Tensor<1> {
     let device = moment.device();
-    if device == Device::flex() {
-        std::mem::replace(moment, Tensor::zeros([0], &device))
-    } else {
-        moment.clone()
+    match DeviceKind::of(&device) {
+        DeviceKind::Cpu => std::mem::replace(moment, Tensor::zeros([0], &device)),
+        DeviceKind::Cuda => moment.clone(),
     }
 }
 

@@ -10,6 +10,7 @@ use pollen_core::Clock;
 use pollen_observe::EventLog;
 use serde::{Deserialize, Serialize};
 
+use crate::device::DeviceKind;
 use crate::error::Error;
 use crate::layout::Shard;
 use crate::saving::{Kept, NamedTensor, Place, Saver, Snapshot};
@@ -197,13 +198,14 @@ fn own_tensors(
         .iter()
         .map(|info| info.shape.iter().product::<usize>())
         .sum();
+    let kind = DeviceKind::of(&trainer.device);
     let mut before = 0;
     let mut own = Vec::new();
     for (info, (name, values)) in infos.into_iter().zip(values) {
         let owner = before as u64 * u64::from(world_size) / total.max(1) as u64;
         before += info.shape.iter().product::<usize>();
         if owner == u64::from(rank) {
-            own.push((name, info.shape, Kept::of(values, trainer.kind)));
+            own.push((name, info.shape, Kept::of(values, kind)));
         }
     }
     own
@@ -219,12 +221,13 @@ fn own_moments(trainer: &Trainer, rank: u32, world_size: u32) -> Vec<(&'static s
     } else {
         0..len
     };
+    let kind = DeviceKind::of(&trainer.device);
     let moments = trainer
         .optimizer
         .moments(&trainer.layout, &range)
         .into_iter();
     moments
-        .map(|(name, offset, values)| (name, offset, Kept::of(values, trainer.kind)))
+        .map(|(name, offset, values)| (name, offset, Kept::of(values, kind)))
         .collect()
 }
 

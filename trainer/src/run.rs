@@ -354,7 +354,6 @@ impl Worker {
                 place: Place::of(&device)?,
             },
             device,
-            kind: self.seat.kind(),
             timer: PhaseTimer::new(Arc::clone(&self.clock), Arc::clone(&self.pulse)),
             stop: self.stop.clone(),
             accumulation,

@@ -11,7 +11,6 @@ use crate::batch::{BatchBuilder, FlowBatch, next_micro_batch};
 use crate::clip;
 use crate::config::{Group, RunConfig};
 use crate::data_parallel::{Gradients, Reduction, sum_f64};
-use crate::device::DeviceKind;
 use crate::ema::Ema;
 use crate::error::Error;
 use crate::layout::Layout;
@@ -57,7 +56,6 @@ pub struct Trainer {
     pub(crate) communicator: Arc<dyn Communicator>,
     pub(crate) reduction: Reduction,
     pub(crate) device: Device,
-    pub(crate) kind: DeviceKind,
     pub(crate) timer: PhaseTimer,
     pub(crate) stop: StopFlags,
     pub(crate) accumulation: u32,
