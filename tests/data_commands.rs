@@ -13,9 +13,14 @@ fn workspace() -> PathBuf {
 
 /// Runs `pollen data` in the repository's root.
 fn data(args: &[&str]) -> Output {
+    data_command(args).output().unwrap()
+}
+
+fn data_command(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_pollen"));
     command.arg("data").args(args).current_dir(workspace());
-    command.env_remove("POLLEN_DATA__ROOT").output().unwrap()
+    command.env_remove("POLLEN_DATA__ROOT");
+    command
 }
 
 #[track_caller]
@@ -115,6 +120,26 @@ fn statistics_are_printed_for_a_recipe_a_dataset_and_a_folder() {
     assert_eq!(plain[0]["action"][0]["unit"], "");
     let declared = json(&done(&["stats", folder, "--dataset", "lift", "--json"]));
     assert_eq!(declared[0]["action"], lift["action"]);
+}
+
+#[test]
+fn the_demo_is_read_without_its_server() {
+    let dir = tempfile::tempdir().unwrap();
+    demo(dir.path());
+    let run = |more: &[&str]| {
+        let mut command = data_command(&["stats", "demo", "--dataset", "lift"]);
+        command.env("POLLEN_RUN__STAGE_FROM", dir.path());
+        let output = command.args(more).output().unwrap();
+        let [out, error] = [output.stdout, output.stderr].map(|b| String::from_utf8(b).unwrap());
+        (output.status.success(), out, error)
+    };
+    let (done, text, error) = run(&[]);
+    let note = format!("reading {}, of which s3://", dir.path().display());
+    assert!(done && error.contains(&note), "{error}");
+    assert!(text.contains("lift: 3 episodes"), "{text}");
+    // A root that is given is the one that is read.
+    let (done, _, error) = run(&["--root", "nowhere"]);
+    assert!(!done && error.contains("nowhere"), "{error}");
 }
 
 #[test]

@@ -180,7 +180,10 @@ fn file(dataset: &str, path: &str) -> FileName {
 async fn get(storage: &Storage, name: &FileName) -> Result<Bytes> {
     storage.get(&name.path).await.map_err(|source| {
         if source.is_not_found() {
-            name.bad("is missing; is this the folder of a LeRobotDataset v3.0?")
+            name.bad(format!(
+                "is missing in {}; is this the folder of a LeRobotDataset v3.0?",
+                storage.url()
+            ))
         } else {
             name.failed(source)
         }

@@ -1,12 +1,14 @@
 //! What `pollen data stats` and its kin are asked about: a URL, a dataset file or a recipe.
 
 use std::collections::BTreeMap;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
 use pollen_core::{ActionSpace, ConfigError, Layered};
 use pollen_dataloader::{ColumnTransform, DatasetConfig, Dimension, Survey};
+use pollen_launcher::ObjectServerKind;
 use pollen_storage::{Silent, Storage, StorageConfig};
 use serde::Deserialize;
 
@@ -126,6 +128,15 @@ pub(crate) fn resolve(args: &DataTargetArgs) -> Result<Vec<Target>> {
         .collect();
     let recipe = Recipe::load(text, &overrides)?;
     let data = &recipe.config.data;
+    let local = local_copy(&recipe).filter(|_| root.is_none());
+    if let Some(copy) = &local {
+        writeln!(
+            std::io::stderr(),
+            "reading {copy}, of which {} is a copy",
+            data.root
+        )?;
+    }
+    let root = local.as_ref().unwrap_or(&data.root);
     let wanted = |name: &str| args.dataset.as_deref().is_none_or(|only| only == name);
     let mut targets = Vec::new();
     for (name, config) in data.used().filter(|(name, _)| wanted(name)) {
@@ -136,7 +147,7 @@ pub(crate) fn resolve(args: &DataTargetArgs) -> Result<Vec<Target>> {
         })?;
         targets.push(Target {
             name: name.clone(),
-            url: config.location(&data.root, name),
+            url: config.location(root, name),
             declared: Some((config.clone(), space.clone())),
             storage: recipe.config.storage.clone(),
             index_dir: data.index_dir.clone(),
@@ -151,6 +162,16 @@ pub(crate) fn resolve(args: &DataTargetArgs) -> Result<Vec<Target>> {
         .into());
     }
     Ok(targets)
+}
+
+/// Returns the folder that a recipe's own object server is filled from: the server runs only beside
+/// a run.
+fn local_copy(recipe: &Recipe) -> Option<String> {
+    if recipe.launch.object_server == ObjectServerKind::None {
+        return None;
+    }
+    let folder = recipe.run.stage_from.as_ref()?;
+    Some(folder.to_string_lossy().into_owned())
 }
 
 pub(super) fn of_url(url: &str, dataset: Option<&str>) -> Result<Target> {
