@@ -220,7 +220,9 @@ pub(crate) struct DataTargetArgs {
     /// are taken as stored. With a recipe: only this one of its datasets
     #[arg(long, value_name = "NAME")]
     pub(crate) dataset: Option<String>,
-    /// URL of the folder that holds the datasets, in place of data.root and POLLEN_DATA__ROOT
+    /// URL of the folder that holds the datasets, in place of data.root and POLLEN_DATA__ROOT. Without
+    /// either, a recipe with an object server of its own (demo) is read from run.stage_from, which
+    /// fills that server
     #[arg(long, value_name = "URL")]
     pub(crate) root: Option<String>,
 }
